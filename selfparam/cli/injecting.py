@@ -1,0 +1,159 @@
+"""`selfparam inject` behind its options: documents and wishes -> a Job, a Job -> a model directory or a snapshot.
+
+Imported inside the command, because it imports torch. Refuses to know how anything is computed.
+Source: SELF-PARAM, arXiv 2410.00487; section numbers in the other rooms.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfparam import learn, steps
+from selfparam.disk import reason
+from selfparam.errors import OutputError, RefusedError, StoppedError
+from selfparam.inject.checkpoint import Checkpoints
+from selfparam.job import Job, drop_job, read_job, save_job
+from selfparam.lm import LM
+from selfparam.report import Journal, drift_line, guard_table, output, plain, scores_table
+from selfparam.store import check_out, write_model
+from selfparam.store.snapshots import Snapshot, Store
+from selfparam.types import Context
+
+__all__ = ["Wishes", "drop_job", "finish", "load", "prepare", "read_job", "save_job"]
+
+_PROBES = 8  # training sentences on which the written model is compared with the one in memory
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The options of `inject` that shape the training, as they were given. changes: of the recipe, None = unchanged."""
+
+    model: str
+    targets: str | None
+    pairs: int
+    author: str
+    endpoint: str | None
+    endpoint_model: str | None
+    prompt: str | None
+    unrelated: str
+    ratio: float | None
+    recipe: str
+    changes: dict[str, Any]
+    questions: str | None
+    probes: str | None
+    adapter: bool
+    offline: bool
+    dtype: str
+    device: str
+    force: bool
+
+
+def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out: str | None, journal: Journal
+            ) -> tuple[Job, LM]:
+    """Everything up to the training. Writes nothing."""
+    seed = wish.changes["seed"]
+    sets = steps.own_sets(wish.targets, contexts) if wish.targets else []
+    known = list(contexts) or [one.context for one in sets]
+    asked = steps.read_questions(wish.questions, known) if wish.questions else []
+    probes = learn.read_probes(wish.probes) if wish.probes else ()
+    parent = store.find() if store else None
+    if store and parent:
+        store.tidy()
+        probes = probes or learn.kept_probes(store, parent)
+        lm = learn.load_snapshot(store, parent, journal, wish.device)
+        if not probes and parent.parent:
+            journal.note("no questions about earlier documents to ask: what is forgotten is not measured (--probes)")
+        surprise = learn.check_readable(lm, known, store.limits, wish.force, journal)
+    else:
+        lm = steps.load(wish.model, journal, dtype=wish.dtype, device=wish.device, offline=wish.offline)
+        check_out(str(out), needed=steps.weight_bytes(lm))
+        surprise = None
+    recipe = steps.choose_recipe(lm, wish.recipe, **wish.changes)
+    sets = sets or steps.written_sets(
+        lm, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
+        offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,
+    )
+    sets, _ = steps.without_questions(sets, [*asked, *probes], journal)
+    sets = steps.with_unrelated(lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)
+    job = Job(
+        id=secrets.token_hex(16), model=wish.model, sets=tuple(sets), recipe=recipe, parent=parent.id if parent else "",
+        held_out=(Path(wish.questions).name, tuple(asked)) if wish.questions else None,
+        probes=(Path(wish.probes).name if wish.probes else "kept", tuple(probes)) if probes else None,
+        surprise=surprise, adapter=wish.adapter, force=wish.force, dtype=wish.dtype, device=wish.device,
+        offline=wish.offline,
+    )
+    return job, lm
+
+
+def load(job: Job, store: Store | None, journal: Journal) -> LM:
+    """The model that an interrupted job started from."""
+    if store:
+        return learn.load_snapshot(store, store.snapshot(job.parent), journal, job.device)
+    return steps.load(job.model, journal, dtype=job.dtype, device=job.device, offline=job.offline)
+
+
+def finish(job: Job, lm: LM, store: Store | None, out: str | None, place: Path, journal: Journal, machine: bool, *,
+           command: str, every: float, history: list[dict[str, Any]]) -> None:
+    """Train and write. The job stays on disk where it can be continued; any other end removes it."""
+    checkpoints = Checkpoints(place, every=every, advice=command, note=journal.note)
+    try:
+        with learn.stoppable(checkpoints):
+            if store:
+                snapshot = learn.into_store(store, job, lm, journal, checkpoints)
+            else:
+                said = _into_directory(job, lm, str(out), journal, checkpoints, history)
+    except StoppedError:
+        raise
+    except (OutputError, OSError) as error:
+        what = str(error) if isinstance(error, OutputError) else f"{reason(error)}: make room"
+        raise OutputError(f"{what}; then continue with  {command}") from error
+    except Exception:
+        drop_job(place)
+        raise
+    drop_job(place)
+    if store:
+        _tell(store, snapshot, journal, machine)
+    elif machine:
+        print(json.dumps(said, indent=1))
+    else:
+        console = output()
+        console.print(scores_table(said["scores"]))
+        console.print(drift_line(said["drift"]))
+        size, dtype = said["bytes"] / 1e6, said["base"]["dtype"]
+        console.print(f"written: {plain(str(out))} ({size:.0f} MB, {dtype}, {journal.elapsed:.0f} seconds)",
+                      f'ask it:  selfparam ask {plain(str(out))} "…"', sep="\n", soft_wrap=True)
+
+
+def _into_directory(job: Job, lm: LM, out: str, journal: Journal, checkpoints: Checkpoints,
+                    history: list[dict[str, Any]]) -> dict[str, Any]:
+    base, exams = steps.base_of(lm), [steps.training_exam(job.sets)]
+    if job.held_out:
+        exams.append(steps.exam_of(f"held-out: {job.held_out[0]}", job.held_out[1], job.sets))
+    done, drift = steps.run(lm, job.sets, job.recipe, exams, journal, job.adapter, checkpoints)
+    record = steps.record_of(base, job.sets, job.recipe, done, drift, exams, history)
+    probe = [s for one in job.sets for s in (*one.related, *one.unrelated)][:_PROBES]
+    with journal.step("writing the model") as bar:
+        size = write_model(out, done.lm, record, probe, adapter=done.adapter, progress=bar)
+    return {"out": out, "bytes": size, "notes": journal.notes, **record}
+
+
+def _tell(store: Store, snapshot: Snapshot, journal: Journal, machine: bool) -> None:
+    """The scores and the guard's word. Raises RefusedError where it is kept aside."""
+    if machine:
+        sys.stdout.write(json.dumps({"snapshot": snapshot.id, "parent": snapshot.parent, "refused": snapshot.refused,
+                                     "notes": journal.notes, **snapshot.record}, indent=1) + "\n")
+    else:
+        output().print(scores_table(snapshot.record["scores"]), guard_table(snapshot.record["guard"]))
+    if snapshot.refused:
+        raise RefusedError(f"refused and kept aside as {snapshot.id[:12]} ({'; '.join(snapshot.faults)}); the head "
+                           f"stays at {str(store.head)[:12]}: look at 'selfparam diff', or inject with --force")
+    if not machine:
+        output().print(f"head: {snapshot.id[:12]} ({journal.elapsed:.0f} seconds)"
+                       + (", forced past the guard" if snapshot.forced else ""),
+                       f'ask it:  selfparam ask {plain(store.path.name)} "…"', sep="\n", soft_wrap=True)

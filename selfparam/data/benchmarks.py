@@ -1,0 +1,61 @@
+"""Names of benchmarks -> Benchmark: worlds (runs anywhere), pwc (the paper's), jsonl (any set of contexts, questions).
+
+Refuses to know models and experiments; where lengths count, the caller gives the function that counts tokens.
+Source: arXiv 2410.00487, section 4.1; worlds.py for the fictional ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from selfparam.data import pwc, qa, worlds
+from selfparam.data.items import Benchmark, Count, Item
+from selfparam.errors import ContextError
+
+FRESH_SEED = 99  # of worlds that are only read, never injected
+
+
+def fictional(n: int, fresh: int, count: Count, *, seed: int = 0, wordings: worlds.Wordings = "known",
+              facts: Sequence[int] = (4, 5, 6)) -> Benchmark:
+    """n fictional contexts that pretraining never saw, with right pairs and the leak's questions; none is too long."""
+
+    def made(size: int, from_seed: int) -> tuple[Item, ...]:
+        found = worlds.held_out(size, from_seed, wordings, facts)
+        return tuple(Item(w.context, w.questions, w.pairs, w.elsewhere) for w in found)
+
+    return Benchmark(made(n, seed), made(fresh, FRESH_SEED))
+
+
+def from_rows(rows: Sequence[qa.Row], source: str, n: int, fresh: int, count: Count, *,
+              answer_tokens: int | None, longest: int | None, tokens: str) -> Benchmark:
+    """The first n contexts that pass the filters; the ones behind them are read but never injected.
+
+    tokens: who counts the tokens of an answer, "words" (the same for every model) or "model". Raises ContextError when
+    there are fewer than n contexts.
+    """
+    if tokens not in ("words", "model"):
+        raise ContextError(f"data.tokens = '{tokens}' is no way to count: use 'words' or 'model'")
+    counter = qa.words if tokens == "words" else count
+    items, notes = qa.items_of(rows, source, answer_tokens=answer_tokens, longest=longest, count=counter,
+                               count_context=count)
+    if len(items) < n:
+        raise ContextError(f"{source}: only {len(items)} of {n} contexts pass the filters: ask for fewer contexts")
+    return Benchmark(items[:n], items[n : n + fresh], notes)
+
+
+def from_file(n: int, fresh: int, count: Count, *, path: str, answer_tokens: int | None = None,
+              longest: int | None = None, tokens: str = "words") -> Benchmark:
+    """Any JSONL of {"context", "question", "answers"}."""
+    return from_rows(qa.rows_of_file(path), Path(path).name, n, fresh, count, answer_tokens=answer_tokens,
+                     longest=longest, tokens=tokens)
+
+
+def from_pwc(n: int, fresh: int, count: Count, *, path: str | None = None, answer_tokens: int = pwc.ANSWER_TOKENS,
+             longest: int | None = None, tokens: str = "words") -> Benchmark:
+    """PwC with the paper's filter."""
+    return from_rows(pwc.rows(path), "pwc", n, fresh, count, answer_tokens=answer_tokens, longest=longest,
+                     tokens=tokens)
+
+
+BENCHMARKS: dict[str, Callable[..., Benchmark]] = {"worlds": fictional, "pwc": from_pwc, "jsonl": from_file}

@@ -1,0 +1,50 @@
+"""What a benchmark hands to an experiment: contexts with their questions, and the other data sets' common shape.
+
+Refuses to know where items come from, models and training. Source: arXiv 2410.00487, section 4.1 (context, question,
+answer); `pairs` and `elsewhere` are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from selfparam.types import Context, Question, Sentence, content_hash
+
+#: Tokens of a text.
+Count = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One context with what is asked about it.
+
+    pairs: question-answer pairs that are right by construction (fictional worlds only).
+    elsewhere: the same questions about other subjects with this context's answers, so that a hit is a leak.
+    """
+
+    context: Context
+    questions: tuple[Question, ...]
+    pairs: tuple[Sentence, ...] = ()
+    elsewhere: tuple[Question, ...] = ()
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Items in a fixed order; `fresh` are never injected: does the model still read? `notes`: what was left out."""
+
+    items: tuple[Item, ...]
+    fresh: tuple[Item, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def hash(self) -> str:
+        """Hash of every text of the items and the fresh ones."""
+        return content_hash(*(part for item in (*self.items, *self.fresh) for part in _texts(item)))
+
+
+def _texts(item: Item) -> Sequence[str]:
+    asked = [[q.text, *q.answers] for q in (*item.questions, *item.elsewhere)]
+    told = [[s.prompt, s.completion] for s in item.pairs]
+    return (item.context.text, json.dumps([asked, told], ensure_ascii=False))

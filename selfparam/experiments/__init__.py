@@ -1,0 +1,1 @@
+"""Experiments: protocols, rows of results and the tables made of them."""

@@ -1,0 +1,72 @@
+"""Figure 2: F1 on each context over the steps of a sequence, and the retention matrix. matplotlib is imported inside.
+
+Refuses to know where numbers come from. Source: arXiv 2410.00487, section 4.3 and figure 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfparam.errors import OutputError, TableError
+from selfparam.experiments.rows import Row
+from selfparam.experiments.spec import Table, cells_of
+from selfparam.experiments.summary import retention
+
+
+def draw(table: Table, rows: Mapping[str, Row], path: str | Path) -> None:
+    """Write the figure (.png, .svg, .pdf): a column for each method. Raises TableError, OutputError."""
+    if table.protocol != "sequential":
+        raise TableError(f"the figure shows sequences, and '{table.name}' is {table.protocol}: leave out --figure")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TableError("the figure needs matplotlib: pip install 'selfparam[figures]'") from error
+    panels = _panels(table, rows)
+    if not panels:
+        raise TableError(f"no rows of a sequence in '{table.results}': run the table first")
+    figure = Figure(figsize=(4.2 * len(panels), 7), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False)
+    for (label, found), upper, lower in zip(panels.items(), axes[0], axes[1], strict=True):
+        _curves(upper, label, found)
+        image = _matrix(lower, found)
+    figure.colorbar(image, ax=list(axes[1]), label="F1")
+    try:
+        figure.savefig(path, dpi=120, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write the figure to '{path}' ({error}): give a .png, .svg or .pdf") from error
+
+
+def _panels(table: Table, rows: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
+    """Mean retention of every method (and model, where there are several) that has rows with steps in between."""
+    found: dict[str, list[Row]] = {}
+    for cell in cells_of(table):
+        row = rows.get(cell.id)
+        if row and "error" not in row and len(row["steps"]) > 2:
+            label = cell.method.label if len(table.models) == 1 else f"{cell.model.shown}: {cell.method.label}"
+            found.setdefault(label, []).append(row)
+    return {label: retention(own) for label, own in found.items()}
+
+
+def _curves(axis: Any, label: str, found: dict[str, Any]) -> None:
+    steps, matrix = found["steps"], found["matrix"]
+    axis.plot(steps, matrix, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axis.plot(steps, matrix.mean(axis=1), color="tab:blue", linewidth=2, label="all contexts")
+    so_far = [(s, matrix[k, :s].mean()) for k, s in enumerate(steps) if s]
+    axis.plot(*zip(*so_far, strict=True), color="tab:orange", linewidth=2, label="injected so far")
+    if found["base"] is not None:
+        axis.axhline(found["base"], color="black", linestyle="--", linewidth=1, label="base")
+    axis.set(title=f"{label} ({found['sequences']} sequences)", xlabel="injections", ylabel="F1", ylim=(0, 1))
+    axis.legend(fontsize="small")
+
+
+def _matrix(axis: Any, found: dict[str, Any]) -> Any:
+    """Retention: context (row) after how many injections (column)."""
+    matrix = np.asarray(found["matrix"]).T
+    image = axis.imshow(matrix, vmin=0, vmax=1, aspect="auto", origin="lower")
+    axis.set(xlabel="injections", ylabel="context")
+    axis.set_xticks(range(len(found["steps"])), [str(s) for s in found["steps"]], fontsize="x-small")
+    return image

@@ -1,0 +1,118 @@
+"""A table as text, Markdown or CSV. Refuses to know where its numbers come from. Source: none, presentation only."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from selfparam.experiments.spec import Table
+from selfparam.experiments.summary import Block, Interval, Line
+
+LEGEND = {
+    "F1": "QA-F1 of LongBench, mean over the questions of a context, then over contexts",
+    "95 %": "bootstrap interval over contexts (in sequences: over sequences)",
+    "paper": "the figure of arXiv 2410.00487 for the model named there, which is another model than ours",
+    "gain": "difference to the best baseline ({best}) on the same contexts, with its interval",
+    "just": "F1 on the context injected last, mean over steps",
+    "leak": "F1 of the injected answers when the same questions name another subject: compare with the base's",
+    "fresh": "F1 on new contexts with the text in front: does it still read",
+    "world": "F1 on facts that it knew before",
+    "KL": "drift on held-out unrelated text, nats per token",
+    "S": "tokens kept outside the weights",
+    "s": "seconds to absorb, one cell",
+}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(value: Interval | None) -> str:
+    return "-" if value is None else f"{value[0]:.2f} to {value[1]:.2f}"
+
+
+def columns(table: Table, block: Block) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of a block; columns without any number are left out."""
+    paper = f"paper ({block.model.paper})" if block.model.paper else "paper"
+    heads = ["method", "pairs", "n", "F1", "95 %", paper, "gain", "just", "leak", "fresh", "world", "KL", "S", "s"]
+    lines = [_cells(line) for line in block.lines]
+    kept = [0, *(i for i in range(1, len(heads)) if any(cells[i] != "-" for cells in lines))]
+    return [heads[i] for i in kept], [[cells[i] for i in kept] for cells in lines]
+
+
+def _cells(line: Line) -> list[str]:
+    gain = "-" if line.gain is None else f"{line.gain[0]:+.2f} ({_interval(line.gain[1])})"
+    done = str(line.done) if line.done == line.cells else f"{line.done} of {line.cells}"
+    storage = "-" if line.storage is None else f"{line.storage:,.0f}"
+    return [line.method.label, line.method.author or "-", done, number(line.f1, 3), _interval(line.interval),
+            number(line.paper, 4), gain, number(line.just), number(line.leak), number(line.fresh), number(line.world),
+            number(line.kl), storage, number(line.seconds, 1)]
+
+
+def heading(table: Table, block: Block) -> str:
+    """What a block is about, in a few words."""
+    size = {"single": f"{block.n} contexts, one at a time", "batch": f"{block.n} contexts at once",
+            "sequential": f"{table.sequences} sequences of {block.n} contexts"}[table.protocol]
+    return f"{block.model.shown}, {size}"
+
+
+def legend(heads: Sequence[str], block: Block) -> list[str]:
+    """A sentence for every column that needs one."""
+    words = [head.split(" (")[0] for head in heads]
+    return [f"{word}: {LEGEND[word].format(best=block.baseline or '-')}" for word in words if word in LEGEND]
+
+
+def notes_of(block: Block) -> list[str]:
+    """What the methods had to say, and what is wrong with the rows."""
+    return [*block.notes, *(f"{line.method.label}: {note}" for line in block.lines for note in line.notes)]
+
+
+def text(table: Table, blocks: Sequence[Block]) -> str:
+    """For a terminal: aligned columns."""
+    parts = [table.title]
+    for block in blocks:
+        heads, lines = columns(table, block)
+        widths = [max(len(row[i]) for row in [heads, *lines]) for i in range(len(heads))]
+        shown = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                           for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+                 for row in [heads, *lines]]
+        parts += ["", heading(table, block), *shown, *(f"note: {note}" for note in notes_of(block))]
+    return "\n".join(parts) + "\n"
+
+
+def markdown(table: Table, blocks: Sequence[Block], command: str, figure: str = "") -> str:
+    """A page: what the table says it is about, the blocks, and what the columns mean."""
+    parts = [f"# {table.title}", ""]
+    if table.about:
+        parts += [table.about.strip(), ""]
+    rows = f"../results/{table.name}.jsonl"
+    parts += [f"`{command}` makes the rows ([results/{table.name}.jsonl]({rows})); a second time only those that are "
+              "missing."]
+    if figure:
+        parts += ["", f"![{table.title}]({figure})"]
+    for block in blocks:
+        heads, lines = columns(table, block)
+        parts += ["", f"## {heading(table, block)}", "", _row(heads), _row(["---"] * len(heads)), *map(_row, lines), ""]
+        parts += [f"- {one}" for one in legend(heads, block)] + [f"- note: {one}" for one in notes_of(block)]
+    return "\n".join(parts) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def as_csv(table: Table, blocks: Sequence[Block]) -> str:
+    """For other programs: one line a method, numbers as they are, empty where there is none."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["table", "model", "contexts", "method", "pairs", "cells", "f1", "f1_low", "f1_high", "paper",
+                     "gain", "gain_low", "gain_high", "just", "leak", "fresh", "world", "kl", "storage_tokens",
+                     "seconds"])
+    for block in blocks:
+        for line in block.lines:
+            gain = (line.gain[0], *line.gain[1]) if line.gain else (None, None, None)
+            writer.writerow([table.name, block.model.shown, block.n, line.method.label, line.method.author, line.done,
+                             line.f1, *(line.interval or (None, None)), line.paper, *gain, line.just, line.leak,
+                             line.fresh, line.world, line.kl, line.storage, line.seconds])
+    return out.getvalue()

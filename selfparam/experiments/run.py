@@ -1,0 +1,213 @@
+"""Run a table: expand its cells, skip finished ones, do the others here, in local processes, or through Ray.
+
+Rows are appended as cells finish, so an interrupted run goes on where it stopped. Refuses to know how cells are
+measured and how tables are shown. Source: arXiv 2410.00487, section 4.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+from selfparam.errors import AuthorError, InjectionError, ModelError, TableError, TargetError
+from selfparam.experiments.authors import sets_by
+from selfparam.experiments.lab import Lab, open_lab
+from selfparam.experiments.protocols import PROTOCOLS, members
+from selfparam.experiments.rows import Row, append_row, read_rows, usable, write_rows
+from selfparam.experiments.spec import Cell, ModelSpec, Table, cells_of
+from selfparam.steps import cache_folder, peak_memory_mb, versions
+from selfparam.types import TargetSet
+
+Says = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell with the pairs of its contexts."""
+
+    cell: Cell
+    sets: tuple[TargetSet, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run did. failed: cells whose method could not do it (kept as rows with "error", tried again next time)."""
+
+    cells: int
+    ran: int
+    failed: int
+    dropped: int
+    notes: tuple[str, ...]
+
+
+def run_table(table: Table, *, workers: int = 1, ray: bool = False, says: Says = lambda text: None,
+              progress: Progress = lambda done, total: None) -> Done:
+    """Fill the gaps in the rows of the table. Raises SelfParamError; what is finished stays."""
+    cells, ran, failed = cells_of(table), 0, 0
+    notes: list[str] = []
+    rows = read_rows(table.results)
+    for model in table.models:
+        lab = open_lab(table, model, says)
+        notes += lab.bench.notes
+        own = [cell for cell in cells if cell.model == model]
+        todo = [c for c in own if not usable(rows.get(c.id), lab.model_hash, data_hash(table, lab, c))]
+        jobs = _jobs(table, lab, todo, says)
+        finished = len(own) - len(jobs)
+        progress(finished, len(own))
+        for row in _rows(table, model, lab, jobs, workers, ray, says):
+            append_row(table.results, row)
+            rows[row["cell"]] = row
+            ran, failed, finished = ran + 1, failed + ("error" in row), finished + 1
+            progress(finished, len(own))
+    ids = [cell.id for cell in cells]
+    dropped = len(set(rows) - set(ids))
+    write_rows(table.results, (rows[i] for i in ids))
+    return Done(len(cells), ran, failed, dropped, tuple(dict.fromkeys(notes)))
+
+
+def _jobs(table: Table, lab: Lab, cells: Sequence[Cell], says: Says) -> list[Job]:
+    """The cells with their target sets, written once for all of them; all methods of a context before the next."""
+    wanted: dict[str, set[int]] = {}
+    for cell in cells:
+        wanted.setdefault(cell.method.author, set()).update(members(table, cell))
+    written: dict[str, dict[int, TargetSet]] = {}
+    for author, indices in wanted.items():
+        order = sorted(indices)
+        items = [lab.bench.items[i] for i in order]
+        sets = [TargetSet(item.context, ()) for item in items]
+        if author:
+            says(f"pairs by {author}")
+            sets = sets_by(author, dict(table.authors), lab.lm, items, table.seed, cache_folder(), says)
+        written[author] = dict(zip(order, sets, strict=True))
+    ordered = sorted(cells, key=lambda cell: cell.index)
+    return [Job(cell, tuple(_cut(written[cell.method.author][i], cell.method.pairs) for i in members(table, cell)))
+            for cell in ordered]
+
+
+def data_hash(table: Table, lab: Lab, cell: Cell) -> str:
+    """Hash of the cell's own items and the fresh ones."""
+    return replace(lab.bench, items=tuple(lab.bench.items[i] for i in members(table, cell))).hash
+
+
+def _cut(one: TargetSet, pairs: int) -> TargetSet:
+    """At most `pairs` pairs (0: all), evenly chosen: pairs about one fact often stand together."""
+    count = len(one.related)
+    if not pairs or count <= pairs:
+        return one
+    return TargetSet(one.context, tuple(one.related[i * count // pairs] for i in range(pairs)), (), one.author)
+
+
+def _rows(table: Table, model: ModelSpec, lab: Lab, jobs: Sequence[Job], workers: int, ray: bool,
+          says: Says) -> Iterator[Row]:
+    """The jobs' rows, in the order in which they finish."""
+    if ray:
+        yield from _by_ray(table, model, jobs, workers)
+    elif workers > 1 and len(jobs) > 1:
+        yield from _by_processes(table, model, jobs, workers)
+    else:
+        for job in jobs:
+            says(f"{job.cell.method.label} {job.cell.index + 1}")
+            yield row_of(table, lab, job)
+
+
+def row_of(table: Table, lab: Lab, job: Job) -> Row:
+    """One cell with its provenance. What a method cannot do is a row with "error"; other errors end the run."""
+    cell = job.cell
+    row: Row = {
+        "cell": cell.id, "table": table.name, "protocol": table.protocol, "model": cell.model.shown,
+        "method": cell.method.label, "author": cell.method.author, "n": cell.n, "index": cell.index,
+        "model_hash": lab.model_hash, "data_hash": data_hash(table, lab, cell),
+    }
+    try:
+        row |= PROTOCOLS[table.protocol](lab, table, cell, job.sets)
+    except (AuthorError, TableError):
+        raise
+    except (ModelError, InjectionError, TargetError) as error:
+        row["error"] = str(error)
+    return row | {"settings": json.loads(cell.settings), "versions": versions(), "peak_memory_mb": peak_memory_mb()}
+
+
+# --- other processes --------------------------------------------------------------------------------------------------
+
+_open: dict[str, Lab] = {}
+
+
+def in_worker(table: Table, model: ModelSpec, job: Job) -> Row:
+    """row_of in a process of its own, which keeps the lab of its last model."""
+    key = f"{table.name} {model}"
+    if key not in _open:
+        _open.clear()
+        _open[key] = open_lab(table, model)
+    return row_of(table, _open[key], job)
+
+
+def _by_processes(table: Table, model: ModelSpec, jobs: Sequence[Job], workers: int) -> Iterator[Row]:
+    """Spawned processes with one thread each: on few cores, faster than one process with many threads."""
+    with _one_thread():
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_begin)
+        try:
+            waiting = [pool.submit(in_worker, table, model, job) for job in jobs]
+            for done in as_completed(waiting):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise TableError("a worker process died, perhaps out of memory: use fewer --workers; what is finished is "
+                             "kept") from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin() -> None:
+    """In a new process: Ctrl-C ends it without a word, and libraries do not warn."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    warnings.simplefilter("ignore")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Environment of the processes started inside."""
+    wanted = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _by_ray(table: Table, model: ModelSpec, jobs: Sequence[Job], workers: int) -> Iterator[Row]:
+    """Ray: the cluster of RAY_ADDRESS, or a local one with `workers` processors. A GPU each where the model asks."""
+    try:
+        import ray
+    except ImportError as error:
+        raise TableError("--ray needs the package 'ray': pip install 'selfparam[cluster]', or use --workers") from error
+    address = os.environ.get("RAY_ADDRESS")
+    local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
+    if not ray.is_initialized():
+        ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
+    gpus = 1 if model.device.startswith("cuda") else 0
+    task = ray.remote(num_cpus=1, num_gpus=gpus)(in_worker)
+    shared = ray.put(table)
+    waiting = [task.remote(shared, model, job) for job in jobs]
+    try:
+        while waiting:
+            [done], waiting = ray.wait(waiting, num_returns=1)
+            yield ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    finally:
+        if not address:
+            ray.shutdown()

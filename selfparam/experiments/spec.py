@@ -1,0 +1,301 @@
+"""A table of the paper as a TOML file -> Table: models, data, authors, methods, sizes, and the paper's figures.
+
+Every key is checked; what is wrong is said in one line. Refuses to know how anything is computed.
+Source: arXiv 2410.00487, section 4; the layout is described in docs/tables.md.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from selfparam.errors import TableError
+from selfparam.methods import Method, make_method
+from selfparam.types import content_hash
+
+Protocol = Literal["single", "batch", "sequential"]
+AuthorKind = Literal["oracle", "local", "endpoint", "erring"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model. label: what the table calls it. paper: which column of the paper's figures stands beside it.
+
+    parameters: for the plan of a run whose weights are not here (--dry-run).
+    """
+
+    name: str
+    label: str = ""
+    dtype: str = "auto"
+    device: str = "auto"
+    paper: str = ""
+    parameters: float = 0.0
+
+    @property
+    def shown(self) -> str:
+        return self.label or self.name
+
+
+@dataclass(frozen=True)
+class AuthorSpec:
+    """Who writes the pairs. oracle: the data's own. local: `model` ("self" or another). endpoint: `model` at `url`.
+
+    erring: the pairs of the author `of`, where the share `wrong` of the answers belongs to other contexts' questions.
+    """
+
+    kind: AuthorKind
+    model: str = "self"
+    url: str = ""
+    prompt: str = ""
+    pairs: int = 15
+    rounds: int = 4
+    temperature: float = 0.7
+    of: str = ""
+    wrong: float = 0.0
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One row of the table: a method with its options. author: a name of [authors], where the method reads pairs.
+
+    models: labels of the models that it is for (empty: all), so that a row may have other options on another model.
+    first: only that many of the cells (contexts or sequences), for rows that cost much. at_once: in a sequence, absorb
+    all contexts in one call. against: label of the row that gains are measured against (empty: SELF-PARAM's against the
+    best baseline). pairs: at most so many of the author's pairs for each context (0: all).
+    paper: the paper's figures by model, or by model and number of contexts.
+    """
+
+    label: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    author: str = ""
+    models: tuple[str, ...] = ()
+    pairs: int = 0
+    first: int = 0
+    at_once: bool = False
+    against: str = ""
+    paper: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self) -> Method:
+        return make_method(self.method, self.options)
+
+    def paper_figure(self, model: ModelSpec, n: int) -> float | None:
+        found = self.paper.get(model.paper)
+        return found.get(str(n)) if isinstance(found, Mapping) else found
+
+    @property
+    def role(self) -> Literal["bound", "baseline", "ours"]:
+        """The upper bound is given the right context; ours is SELF-PARAM; everything else is a baseline."""
+        if self.method == "base" and self.options.get("context") == "own":
+            return "bound"
+        return "ours" if self.method == "selfparam" else "baseline"
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What is asked beside the contexts' own questions: numbers of contexts (leak, fresh), facts, passages; 0: none."""
+
+    leak: int = 100
+    fresh: int = 12
+    world: int = 0
+    passages: int = 40
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table. contexts: how many (batch: each size is a block; sequential: contexts in a sequence).
+
+    sequences, ask_at: for sequential: how many, and after which steps all questions are asked (empty: after each).
+    questions: at most so many for each context (0: all). plain: the text above the table.
+    """
+
+    title: str
+    protocol: Protocol
+    contexts: tuple[int, ...]
+    data: Mapping[str, Any]
+    models: tuple[ModelSpec, ...]
+    methods: tuple[MethodSpec, ...]
+    authors: Mapping[str, AuthorSpec] = field(default_factory=dict)
+    probes: Probes = field(default_factory=Probes)
+    about: str = ""
+    sequences: int = 1
+    ask_at: tuple[int, ...] = ()
+    questions: int = 0
+    seed: int = 0
+    folder: str = "."
+    name: str = "table"
+
+    @property
+    def results(self) -> Path:
+        """results/NAME.jsonl beside the folder of tables."""
+        return Path(self.folder).parent / "results" / f"{self.name}.jsonl"
+
+    @property
+    def needed(self) -> int:
+        """Contexts of the largest cell."""
+        return max(self.contexts) * (self.sequences if self.protocol == "sequential" else 1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit of work: a method on context `index` (n = 1), on n at once (batch), or on sequence `index` of n."""
+
+    model: ModelSpec
+    method: MethodSpec
+    n: int
+    index: int
+    settings: str
+
+    @property
+    def id(self) -> str:
+        """Hash of what decides the result in the table; rows also name the weights and the data."""
+        return content_hash(self.settings, str(self.n), str(self.index))
+
+
+def cells_of(table: Table) -> list[Cell]:
+    """All cells, model by model, size by size, method by method."""
+    found = []
+    for model in table.models:
+        for n in table.contexts:
+            for method in methods_of(table, model):
+                settings = settings_of(table, model, method)
+                count = {"single": n, "batch": 1, "sequential": table.sequences}[table.protocol]
+                size = 1 if table.protocol == "single" else n
+                found += [Cell(model, method, size, i, settings) for i in range(min(count, method.first or count))]
+    return found
+
+
+def methods_of(table: Table, model: ModelSpec) -> list[MethodSpec]:
+    """The rows of the table for a model."""
+    return [method for method in table.methods if not method.models or model.shown in method.models]
+
+
+def settings_of(table: Table, model: ModelSpec, method: MethodSpec) -> str:
+    """What decides a cell's result, as JSON; recipes are written out, so that a changed default is another cell."""
+    made = asdict(method.make())  # type: ignore[call-overload]
+    authors = {}
+    name = method.author
+    while name:
+        authors[name] = asdict(table.authors[name])
+        name = table.authors[name].of
+    settings = {
+        "protocol": table.protocol, "data": dict(table.data), "probes": asdict(table.probes), "seed": table.seed,
+        "questions": table.questions, "model": [model.name, model.dtype], "method": method.method, "options": made,
+        "author": method.author, "authors": authors, "pairs": method.pairs,
+    }
+    if any(one["kind"] == "erring" for one in authors.values()):  # takes wrong answers from the other contexts
+        settings["contexts"] = table.contexts
+    if table.protocol == "sequential":
+        settings |= {"ask_at": table.ask_at, "at_once": method.at_once}
+    return json.dumps(settings, sort_keys=True)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: str | Path) -> Table:
+    """The table of a TOML file. Raises TableError with the file and what is wrong."""
+    file = Path(path)
+    try:
+        raw = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TableError(f"cannot read the table '{file}' ({getattr(error, 'strerror', 'no UTF-8 text')}): check the "
+                         "path") from error
+    except tomllib.TOMLDecodeError as error:
+        raise TableError(f"{file}: no TOML ({error}): correct the file") from error
+    try:
+        return _table(raw, file)
+    except TableError as error:
+        raise TableError(f"{file}: {error}") from error
+
+
+def _table(raw: dict[str, Any], file: Path) -> Table:
+    given = dict(raw)
+    for key in ("contexts", "ask_at"):
+        if key in given:
+            given[key] = tuple(given[key]) if isinstance(given[key], list) else (given[key],)
+    given["models"] = tuple(_made(ModelSpec, one, "a model") for one in _tables(given, "models"))
+    given["methods"] = tuple(_made(MethodSpec, _with_options(one), "a method") for one in _tables(given, "methods"))
+    authors = given.get("authors", {})
+    if not isinstance(authors, dict):
+        raise TableError("'authors' is no table: write [authors.NAME]")
+    given["authors"] = {name: _made(AuthorSpec, one, f"author '{name}'") for name, one in authors.items()}
+    given["probes"] = _made(Probes, given.get("probes", {}), "'probes'")
+    given["folder"], given["name"] = str(file.resolve().parent), file.stem
+    table: Table = _made(Table, given, "the table")
+    _check(table)
+    return table
+
+
+def _tables(given: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    found = given.get(key)
+    if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
+        raise TableError(f"no [[{key}]]: write at least one")
+    return found
+
+
+def _with_options(one: dict[str, Any]) -> dict[str, Any]:
+    """Keys that are no fields of MethodSpec are options of the method."""
+    own = {f.name for f in fields(MethodSpec)} - {"options"}
+    one = {**one, "models": tuple(one["models"])} if isinstance(one.get("models"), list) else one
+    return {**{k: v for k, v in one.items() if k in own}, "options": {k: v for k, v in one.items() if k not in own}}
+
+
+def _made(kind: Any, given: Any, who: str) -> Any:
+    """A dataclass from a TOML table. Raises TableError for keys that it does not have, lacks, or of another type."""
+    if not isinstance(given, dict):
+        raise TableError(f"{who} is no table: write keys and values")
+    known = {f.name: f for f in fields(kind)}
+    for key, value in given.items():
+        if key not in known:
+            raise TableError(f"{who} has no key '{key}': it has {', '.join(known)}")
+        default = known[key].default
+        number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        wrong = number and (isinstance(value, bool) or not isinstance(value, (int, float)))
+        wrong = wrong or (isinstance(default, (str, bool)) and not isinstance(value, type(default)))
+        if wrong or (isinstance(default, int) and isinstance(value, float)):
+            raise TableError(f"{who}: {key} = {value!r} is no {type(default).__name__}")
+    lacking = [f.name for f in known.values()
+               if f.default is MISSING and f.default_factory is MISSING and f.name not in given]
+    if lacking:
+        raise TableError(f"{who} lacks '{lacking[0]}'")
+    return kind(**given)
+
+
+def _check(table: Table) -> None:
+    """What types do not say. Raises TableError."""
+    if table.protocol not in get_args(Protocol):
+        raise TableError(f"protocol = {table.protocol!r} is none of {', '.join(get_args(Protocol))}")
+    if not table.contexts or not all(isinstance(n, int) and n > 0 for n in table.contexts):
+        raise TableError("'contexts' must be a number of contexts, or several for the protocol batch")
+    if len(table.contexts) > 1 and table.protocol != "batch":
+        raise TableError(f"the protocol {table.protocol} takes one number of contexts")
+    if table.sequences < 1 or not all(isinstance(i, int) and 0 <= i <= table.contexts[0] for i in table.ask_at):
+        raise TableError("'sequences' must be at least 1, and 'ask_at' steps from 0 to the number of contexts")
+    for name, author in table.authors.items():
+        if author.kind not in get_args(AuthorKind):
+            raise TableError(f"author '{name}': kind = {author.kind!r} is none of {', '.join(get_args(AuthorKind))}")
+        if author.kind == "erring" and (table.authors.get(author.of, author).kind == "erring"
+                                        or not 0 <= author.wrong <= 1):
+            raise TableError(f"author '{name}': 'of' must name an author who does not err, 'wrong' a share from 0 to 1")
+    for model in table.models:
+        labels = [m.label for m in methods_of(table, model)]
+        twice = [label for label in labels if labels.count(label) > 1]
+        if twice:
+            raise TableError(f"two methods are called '{twice[0]}': give them different labels")
+    for method in table.methods:
+        unknown = [label for label in method.models if label not in [m.shown for m in table.models]]
+        if unknown:
+            raise TableError(f"method '{method.label}': no model is called '{unknown[0]}'")
+        if method.against and method.against not in [m.label for m in table.methods]:
+            raise TableError(f"method '{method.label}': no method is called '{method.against}'")
+        needs = method.make().needs_pairs
+        if needs and method.author not in table.authors:
+            known = ", ".join(table.authors) or "none is declared"
+            raise TableError(f"method '{method.label}' needs an author ({known})")
+        if not needs and method.author:
+            raise TableError(f"method '{method.label}' reads no pairs: leave out 'author'")

@@ -1,0 +1,143 @@
+"""Rows -> what a table shows: means over contexts, bootstrap intervals, paired differences, the paper's figures.
+
+Refuses to know how rows are made and how a table looks. Source: arXiv 2410.00487, tables 1 and 2, figure 2; intervals
+are percentile bootstraps over contexts (sequential: over sequences, whose contexts depend on each other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from selfparam.experiments.rows import Row
+from selfparam.experiments.spec import Cell, MethodSpec, ModelSpec, Table, cells_of, methods_of
+
+SAMPLES = 2000
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table. f1 and the probes: means (None: not measured); kl in nats per token, seconds of a cell.
+
+    interval: 95 % of the mean F1. gain: mean difference to the best baseline on the same contexts with its 95 %.
+    storage: mean tokens kept outside the weights. done, cells: how many of its cells have a row.
+    """
+
+    method: MethodSpec
+    done: int
+    cells: int
+    f1: float | None = None
+    interval: Interval | None = None
+    paper: float | None = None
+    gain: tuple[float, Interval] | None = None
+    just: float | None = None
+    leak: float | None = None
+    fresh: float | None = None
+    world: float | None = None
+    kl: float | None = None
+    storage: float | None = None
+    seconds: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """The lines of one model and one number of contexts. baseline: the label that gains are measured against."""
+
+    model: ModelSpec
+    n: int
+    lines: tuple[Line, ...]
+    baseline: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def bootstrap(values: Sequence[float], samples: int = SAMPLES) -> Interval:
+    """95 % percentile interval of the mean under resampling, with a fixed seed."""
+    rng = np.random.default_rng(0)
+    array = np.asarray(values, dtype=float)
+    means = array[rng.integers(0, len(array), (samples, len(array)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def units(table: Table, rows: Sequence[Row]) -> dict[str, float]:
+    """The independent scores of a method: F1 by context, or by sequence."""
+    if table.protocol == "sequential":
+        return {str(row["index"]): row["f1"] for row in rows}
+    return {context: score for row in rows for context, score in row["contexts"].items()}
+
+
+def blocks_of(table: Table, rows: Mapping[str, Row]) -> list[Block]:
+    """The whole table from its rows (by cell id), as far as they are there."""
+    cells = cells_of(table)
+    found = []
+    for model in table.models:
+        sizes = table.contexts if table.protocol == "batch" else table.contexts[:1]
+        for n in sizes:
+            own = [c for c in cells if c.model == model and (table.protocol != "batch" or c.n == n)]
+            found.append(_block(table, model, n, own, rows))
+    return found
+
+
+def _block(table: Table, model: ModelSpec, n: int, cells: Sequence[Cell], rows: Mapping[str, Row]) -> Block:
+    methods = methods_of(table, model)
+    by_method = {m.label: [c for c in cells if c.method.label == m.label] for m in methods}
+    good = {label: [rows[c.id] for c in own if c.id in rows and "error" not in rows[c.id]]
+            for label, own in by_method.items()}
+    scores = {label: units(table, found) for label, found in good.items() if found}
+    baselines = {m.label: mean(scores[m.label].values()) for m in methods
+                 if m.role == "baseline" and m.label in scores}
+    best = max(baselines, key=lambda label: baselines[label]) if baselines else ""
+    lines = []
+    for method in methods:
+        own = by_method[method.label]
+        failed = [rows[c.id]["error"] for c in own if c.id in rows and "error" in rows[c.id]]
+        rival = method.against or (best if method.role == "ours" else "")
+        gain = _gain(scores.get(method.label, {}), scores.get(rival, {}))
+        lines.append(_line(method, len(own), good[method.label], scores.get(method.label, {}),
+                           method.paper_figure(model, n), gain, failed))
+    hashes = {row["model_hash"] for c in cells if (row := rows.get(c.id))}
+    notes = ("rows of different weights: run the table again",) if len(hashes) > 1 else ()
+    return Block(model, n, tuple(lines), best, notes)
+
+
+def _line(method: MethodSpec, cells: int, rows: Sequence[Row], scores: Mapping[str, float], paper: float | None,
+          gain: tuple[float, Interval] | None, failed: Sequence[str]) -> Line:
+    notes = [note for row in rows for note in row.get("notes", [])]
+    if method.against:
+        notes.append(f"gain against '{method.against}'")
+    if failed:
+        notes.append(f"{len(failed)} failed: {failed[0]}")
+    if not rows:
+        return Line(method, 0, cells, paper=paper, notes=tuple(dict.fromkeys(notes)))
+
+    def average(key: str) -> float | None:
+        found = [row[key] for row in rows if row.get(key) is not None]
+        return mean(found) if found else None
+
+    values = list(scores.values())
+    return Line(
+        method, len(rows), cells, mean(values), bootstrap(values) if len(values) > 1 else None, paper, gain,
+        average("just"), average("leak"), average("fresh"), average("world"), average("kl"),
+        average("storage_tokens"), mean(row["seconds"]["absorb"] for row in rows), tuple(dict.fromkeys(notes)),
+    )
+
+
+def _gain(ours: Mapping[str, float], theirs: Mapping[str, float]) -> tuple[float, Interval] | None:
+    """Mean paired difference on the contexts that both have, and its interval."""
+    both = [ours[k] - theirs[k] for k in ours if k in theirs]
+    return (mean(both), bootstrap(both)) if len(both) > 1 else None
+
+
+def retention(rows: Sequence[Row]) -> dict[str, Any]:
+    """Figure 2: mean over sequences of F1 [steps, contexts], the steps, and the base's mean (its step 0)."""
+    matrices = np.array([row["matrix"] for row in rows])
+    steps = rows[0]["steps"]
+    base = float(matrices[:, steps.index(0)].mean()) if 0 in steps else None
+    return {"steps": steps, "matrix": matrices.mean(axis=0), "base": base, "sequences": len(rows)}

@@ -1,0 +1,139 @@
+"""inject(θ, ℰ, recipe) -> θ': the method in one call.
+
+Teacher first, from the weights that are then trained; then the loop; then merge, and the merged weights must agree with
+the trained ones. FT(C) and FT(S) are the same call with next-word loss and other sentences. Refuses to know files and
+authors. Source: arXiv 2410.00487, section 3 and A.2.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from selfparam.errors import VerificationError
+from selfparam.inject.checkpoint import Checkpoints
+from selfparam.inject.loop import EpochProgress, Trained, train
+from selfparam.inject.objective import kl_tokens
+from selfparam.inject.pairs import Row, build_rows, pack
+from selfparam.inject.teacher import check_head, head_of, teacher_states
+from selfparam.inject.trainable import make_trainable
+from selfparam.lm import LM
+from selfparam.types import Recipe, TargetSet
+
+#: Largest mean KL (nats per token) between the trained student and its merged weights.
+MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Injection:
+    """θ' and how it came about. `merge_error`: mean KL trained -> merged; `adapter`: the LoRA weights if kept."""
+
+    lm: LM
+    trained: Trained
+    rows: int
+    seconds_teacher: float
+    seconds_train: float
+    merge_error: float
+    adapter: tuple[Any, dict[str, torch.Tensor]] | None = None
+
+
+def precision(lm: LM, recipe: Recipe) -> AbstractContextManager[Any]:
+    """bf16 autocast where the recipe asks for it or (auto) where the hardware multiplies bf16 matrices."""
+    cpu = lm.device.type == "cpu"
+    fast = not cpu or torch.cpu._is_amx_tile_supported()
+    if recipe.precision == "bf16" or (recipe.precision == "auto" and fast and lm.model.dtype == torch.float32):
+        # no cache of cast weights: it would hide the updates inside one region
+        return torch.autocast(lm.device.type, dtype=torch.bfloat16, cache_enabled=False)
+    return nullcontext()
+
+
+def inject(
+    lm: LM,
+    target_sets: Sequence[TargetSet],
+    recipe: Recipe,
+    *,
+    teacher: LM | None = None,
+    progress: EpochProgress | None = None,
+    teacher_progress: Callable[[int, int], None] | None = None,
+    in_place: bool = False,
+    keep_adapter: bool = False,
+    checkpoints: Checkpoints | None = None,
+) -> Injection:
+    """Write the contexts of the target sets into the weights.
+
+    lm stays as it is unless in_place (saves one copy of the weights). teacher: another θ to read x than lm itself (in a
+    sequence of injections, the first one). checkpoints: where to save and continue.
+    Raises InjectionError (nothing to train on, a row beyond the window, a loss that is not finite), StoppedError
+    (`checkpoints` was told to stop) and VerificationError (merged weights disagree with the trained ones).
+    """
+    check_head(lm)
+    rows, prefixes = build_rows(lm, target_sets, recipe)
+    student = lm if in_place else replace(lm, model=copy.deepcopy(lm.model))
+    cuda = [student.device] if student.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), precision(student, recipe):
+        torch.manual_seed(recipe.seed)
+        begin = time.perf_counter()
+        if checkpoints:
+            checkpoints.about(student.model, rows, recipe)
+        if recipe.objective == "kl":
+
+            def read() -> torch.Tensor:
+                return teacher_states(teacher or student, rows, prefixes, teacher_progress)
+
+            targets = checkpoints.teacher(read, student.device) if checkpoints else read()
+            head = head_of(teacher or student).frozen(copy=recipe.train == "full")
+        else:
+            targets, head = _token_targets(student, rows), None
+        taught = time.perf_counter()
+        model = make_trainable(student, recipe)
+        trained = train(student, model, rows, targets, head, recipe, progress, checkpoints)
+        done = time.perf_counter()
+    adapter = _adapter_of(model) if keep_adapter and recipe.train == "lora" else None
+    merge_error = _merge(student, model, rows) if recipe.train == "lora" else 0.0
+    student.model.requires_grad_(True)
+    student.model.eval()
+    return Injection(student, trained, len(rows), taught - begin, done - taught, merge_error, adapter)
+
+
+def _token_targets(lm: LM, rows: Sequence[Row]) -> torch.Tensor:
+    return torch.tensor([i for r in rows for i in r.student[r.first :]], device=lm.device)
+
+
+def _adapter_of(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    from peft import get_peft_model_state_dict
+
+    return model.peft_config["default"], {
+        k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()
+    }
+
+
+@torch.no_grad()
+def _states(lm: LM, model: Any, rows: Sequence[Row]) -> torch.Tensor:
+    pad = lm.bos[0]
+    starts = [0] * len(rows)
+    packed = pack(rows, range(len(rows)), starts, 1, pad).to(lm.device)
+    return lm.hidden(model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)[packed.index]
+
+
+@torch.no_grad()
+def _merge(lm: LM, model: Any, rows: Sequence[Row]) -> float:
+    """Merge the adapters into the weights and compare: mean KL in nats per token over up to 16 rows."""
+    probe = rows[:: max(1, len(rows) // 16)][:16]
+    head = head_of(lm)
+    before = _states(lm, model, probe)
+    lm.model = model.merge_and_unload()
+    after = _states(lm, lm.model, probe)
+    error = float(kl_tokens(after, head, before, head).mean())
+    tolerance = MERGE_TOLERANCE.get(lm.model.dtype, 2e-2)
+    if not error <= tolerance:
+        raise VerificationError(
+            f"merged weights differ from the trained ones by {error:.2g} nats per token (limit {tolerance:g}): "
+            "train in float32"
+        )
+    return error

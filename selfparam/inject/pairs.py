@@ -1,0 +1,151 @@
+"""(x, s) -> rows of ids, and rows -> packed arrays. The student's row is the teacher's without x.
+
+A row is prefix + s; its scored tokens are those of s (or of its completion only). Refuses to know the model.
+Source: Eq. 2 of arXiv 2410.00487: P_θ(s|x) against P_θ'(s) on the same tokens of s.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from selfparam.errors import InjectionError
+from selfparam.lm import LM
+from selfparam.types import Recipe, Sentence, TargetSet
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target sentence as ids. `prefix` indexes the teacher prefixes; the student's prefix has no x.
+
+    student: ids of prefix without x, then s. first: index in `student` of the first scored token.
+    """
+
+    student: tuple[int, ...]
+    first: int
+    prefix: int
+    s: tuple[int, ...]
+    weight: float
+    related: bool
+
+    @property
+    def scored(self) -> int:
+        """Number of scored tokens."""
+        return len(self.student) - self.first
+
+
+def build_rows(lm: LM, target_sets: Sequence[TargetSet], recipe: Recipe) -> tuple[list[Row], list[list[int]]]:
+    """All rows and the distinct teacher prefixes (ids). Raises InjectionError when a row does not fit the window."""
+    rows: list[Row] = []
+    prefixes: list[list[int]] = []
+    known: dict[tuple[int, ...], int] = {}
+
+    def prefix_index(ids: list[int]) -> int:
+        key = tuple(ids)
+        if key not in known:
+            known[key] = len(prefixes)
+            prefixes.append(ids)
+        return known[key]
+
+    for target_set in target_sets:
+        for sentence in (*target_set.related, *target_set.unrelated):
+            seen = sentence.about is not None or recipe.teacher_sees_x
+            plain = not sentence.prompt
+            x = target_set.context.text if seen and recipe.objective == "kl" else None
+            index = prefix_index(lm.prefix(x, plain=plain))
+            rows.append(_row(lm, sentence, index, recipe))
+            if len(prefixes[index]) + len(rows[-1].s) > lm.window:
+                raise InjectionError(
+                    f"context '{target_set.context.title or target_set.context.id}' and {len(rows[-1].s)} tokens of a "
+                    f"sentence exceed the window of {lm.window} tokens: split the context"
+                )
+    if not any(r.scored for r in rows):
+        raise InjectionError("nothing to train on: the target sets hold no sentences")
+    return [r for r in rows if r.scored], prefixes
+
+
+def _row(lm: LM, sentence: Sentence, prefix: int, recipe: Recipe) -> Row:
+    ids, prompt = lm.sentence(sentence)
+    head = lm.prefix(None, plain=not sentence.prompt)
+    skip = prompt if recipe.loss_on == "answer" else 0
+    weight = 1.0 if sentence.about is not None else recipe.unrelated_weight
+    return Row((*head, *ids), len(head) + skip, prefix, tuple(ids), weight, sentence.about is not None)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows packed without padding between them: arrays [B, T]; the last places of a line may be unused.
+
+    position_ids restart with every row. index [N] = flat places whose outputs predict the scored tokens,
+    source [N] = where their targets lie among all scored tokens, weight [N].
+    """
+
+    ids: torch.Tensor
+    position_ids: torch.Tensor
+    index: torch.Tensor
+    source: torch.Tensor
+    weight: torch.Tensor
+
+    def to(self, device: torch.device) -> Pack:
+        return Pack(*(t.to(device) for t in (self.ids, self.position_ids, self.index, self.source, self.weight)))
+
+
+def offsets(rows: Sequence[Row]) -> list[int]:
+    """Where the scored tokens of each row start among all scored tokens."""
+    found, at = [], 0
+    for row in rows:
+        found.append(at)
+        at += row.scored
+    return found
+
+
+def pack(rows: Sequence[Row], chosen: Sequence[int], starts: Sequence[int], width: int, pad: int) -> Pack:
+    """Pack the chosen rows into lines of `width` tokens (or the longest row), first fit by falling length."""
+    width = max(width, max(len(rows[i].student) for i in chosen))
+    lines: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(chosen, key=lambda i: -len(rows[i].student)):
+        line = next((k for k, free in enumerate(room) if free >= len(rows[i].student)), None)
+        if line is None:
+            lines.append([])
+            room.append(width)
+            line = len(lines) - 1
+        lines[line].append(i)
+        room[line] -= len(rows[i].student)
+    width -= min(room)
+    ids = torch.full((len(lines), width), pad)
+    positions = torch.zeros_like(ids)
+    index: list[int] = []
+    source: list[int] = []
+    weight: list[float] = []
+    for k, line_rows in enumerate(lines):
+        at = 0
+        for i in line_rows:
+            row, n = rows[i], len(rows[i].student)
+            ids[k, at : at + n] = torch.tensor(row.student)
+            positions[k, at : at + n] = torch.arange(n)
+            index += range(k * width + at + row.first - 1, k * width + at + n - 1)
+            source += range(starts[i], starts[i] + row.scored)
+            weight += [row.weight] * row.scored
+            at += n
+        # unused places are rows of one token each, so that no row attends to them
+    return Pack(ids, positions, torch.tensor(index), torch.tensor(source), torch.tensor(weight))
+
+
+def epoch_steps(rows: Sequence[Row], batch_tokens: int, rng: random.Random) -> list[list[int]]:
+    """All rows in random order, cut into steps of about `batch_tokens` student tokens (equal shares)."""
+    order = list(range(len(rows)))
+    rng.shuffle(order)
+    total = sum(len(r.student) for r in rows)
+    share = total / max(1, round(total / batch_tokens))
+    steps: list[list[int]] = [[]]
+    filled = 0.0
+    for i in order:
+        if filled >= share * len(steps) - 1e-9 and steps[-1]:
+            steps.append([])
+        steps[-1].append(i)
+        filled += len(rows[i].student)
+    return steps

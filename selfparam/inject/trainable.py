@@ -1,0 +1,83 @@
+"""Which weights are trained: LoRA (the paper's configuration), MLP matrices only, or all.
+
+Target modules are derived from the model, not from a list of architectures: every linear module of a decoder layer
+except the attention's last one (the paper's set q, k, v, up, down, gate). Refuses to know rows and losses.
+Source: arXiv 2410.00487, A.2.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from selfparam.errors import ModelError
+from selfparam.lm import LINEAR, LM, Conv1D
+from selfparam.types import Recipe
+
+
+@torch.no_grad()
+def layer_linears(lm: LM) -> tuple[list[str], list[str]]:
+    """Full names of (attention input, MLP) matrices, found by watching one forward pass. Raises ModelError."""
+    names = {m: n for n, m in lm.model.named_modules() if isinstance(m, LINEAR)}
+    head = lm.model.get_output_embeddings()
+    order: list[str] = []
+    hooks = [m.register_forward_hook(lambda m, *_: order.append(names[m])) for m in names if m is not head]
+    try:
+        lm.model(input_ids=torch.tensor([lm.bos * 2], device=lm.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    attention: list[str] = []
+    mlp: list[str] = []
+    for name in order:
+        (attention if "attn" in name.rsplit(".", 2)[-2] or "attention" in name.rsplit(".", 2)[-2] else mlp).append(name)
+    if not attention or not mlp:
+        raise ModelError(f"cannot tell attention from MLP matrices in '{lm.name}': train the full model instead")
+    last = {name.rsplit(".", 1)[0]: name for name in attention}  # a module's last matrix projects the output
+    return [n for n in attention if n not in last.values()], mlp
+
+
+def lora_targets(lm: LM) -> list[str]:
+    """Names for peft: short ones (q_proj, …) where they select exactly the wanted modules, else full names."""
+    attention, mlp = layer_linears(lm)
+    wanted = {*attention, *mlp}
+    short = sorted({n.rsplit(".", 1)[-1] for n in wanted})
+    selected = {n for n, _ in lm.model.named_modules() if n.rsplit(".", 1)[-1] in short}
+    return short if selected == wanted else sorted(wanted)
+
+
+def make_trainable(lm: LM, recipe: Recipe) -> Any:
+    """The model to train: a peft model for LoRA, otherwise lm.model itself with gradients where the recipe says."""
+    lm.model.requires_grad_(recipe.train == "full")
+    if recipe.train == "mlp":
+        for name in layer_linears(lm)[1]:
+            lm.model.get_submodule(name).requires_grad_(True)
+    if recipe.train != "lora":
+        return lm.model
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=lora_targets(lm),
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in lm.model.modules()),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
+        return get_peft_model(lm.model, config)
+
+
+def make_optimizers(parameters: list[torch.nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for matrices and AdamW for the rest."""
+    matrices = [p for p in parameters if p.ndim == 2] if recipe.optimizer == "muon" else []
+    ids = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in ids]
+    found: list[torch.optim.Optimizer] = []
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay))
+    if rest:
+        found.append(torch.optim.AdamW(rest, lr=recipe.lr, weight_decay=recipe.weight_decay))
+    return found

@@ -1,0 +1,66 @@
+"""The methods of the paper's tables by name. A new one is a file with a frozen dataclass, and a line here.
+
+Refuses to know experiments. Source: arXiv 2410.00487, tables 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from selfparam.errors import TableError
+from selfparam.methods.base import Base
+from selfparam.methods.bm25 import BM25
+from selfparam.methods.dpr import DPR
+from selfparam.methods.finetune import FineTune
+from selfparam.methods.protocol import Method, Reader
+from selfparam.methods.raptor import Raptor
+from selfparam.methods.selfparam import SelfParam
+from selfparam.types import PAPER, PAPER_RECOMMEND, PAPER_SEQUENTIAL, SMALL, Recipe
+
+__all__ = ["METHODS", "RECIPES", "Method", "Reader", "make_method"]
+
+METHODS: dict[str, type[Any]] = {
+    "base": Base,
+    "bm25": BM25,
+    "dpr": DPR,
+    "finetune": FineTune,
+    "raptor": Raptor,
+    "selfparam": SelfParam,
+}
+RECIPES = {"paper": PAPER, "paper-sequential": PAPER_SEQUENTIAL, "paper-recommend": PAPER_RECOMMEND, "small": SMALL}
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method with its options; `recipe` is a name of RECIPES, or {"from": name, changes}. Raises TableError."""
+    if name not in METHODS:
+        raise TableError(f"no method '{name}': use one of {', '.join(METHODS)}")
+    given = dict(options)
+    if "recipe" in given:
+        given["recipe"] = make_recipe(given["recipe"])
+    check_options(METHODS[name], given, f"method '{name}'")
+    found: Method = METHODS[name](**given)
+    return found
+
+
+def make_recipe(given: str | Mapping[str, Any]) -> Recipe:
+    """A recipe by name, perhaps with changes. Raises TableError."""
+    changes = {"from": given} if isinstance(given, str) else dict(given)
+    name = changes.pop("from", None)
+    if name not in RECIPES:
+        raise TableError(f"recipe from '{name}': use one of {', '.join(RECIPES)}")
+    check_options(Recipe, changes, "a recipe")
+    return RECIPES[name].but(**changes)
+
+
+def check_options(kind: type[Any], given: Mapping[str, Any], who: str) -> None:
+    """Every key is a field of the dataclass, and a word is one of those that its type names. Raises TableError."""
+    types = get_type_hints(kind)
+    known = [f.name for f in fields(kind) if f.init]
+    for key, value in given.items():
+        if key not in known:
+            raise TableError(f"{who} has no option '{key}': it has {', '.join(known) or 'none'}")
+        words = get_args(types[key]) if get_origin(types[key]) is Literal else ()
+        if words and value not in words:
+            raise TableError(f"{who}: {key} = {value!r} is none of {', '.join(map(repr, words))}")

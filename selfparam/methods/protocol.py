@@ -1,0 +1,48 @@
+"""What every row of the paper's tables is: a Method absorbs contexts, a Reader answers questions about them.
+
+Refuses to know which methods there are. Source: arXiv 2410.00487, tables 1 and 2; 𝒮 (storage) is measured in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from selfparam.lm import LM
+from selfparam.types import Question, TargetSet
+
+
+class Reader(Protocol):
+    """What a method leaves behind. `lm`: the weights it answers with; drift, fresh and world are measured on them."""
+
+    @property
+    def lm(self) -> LM: ...
+
+    @property
+    def storage_tokens(self) -> int | None:
+        """𝒮: tokens kept outside the weights; None where contexts are handed in with the question (the upper bound)."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of the table has to know, such as passages that did not fit the window."""
+        ...
+
+    def answer(self, questions: Sequence[Question]) -> list[str]: ...
+
+
+class Method(Protocol):
+    """A frozen dataclass whose fields are its options in a table."""
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether absorb reads the related sentences of the target sets; otherwise nobody writes any."""
+        ...
+
+    def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
+        """Take in the contexts of the sets. lm: θ, which stays as it is.
+
+        The sets hold contexts and pairs; unrelated sentences are the method's own affair. after: what this method left
+        when it absorbed earlier contexts; what it knows is kept as well as the method can. Raises SelfParamError.
+        """
+        ...

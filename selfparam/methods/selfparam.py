@@ -1,0 +1,46 @@
+"""SELF-PARAM: Eq. 2 as a row of a table. Pairs, unrelated sentences, one inject() for all contexts; 𝒮 = 0.
+
+Absorbing in turn is a fold, θ_i = inject(θ_{i-1}, ℰ(x_i)). Refuses to know evaluation.
+Source: arXiv 2410.00487, section 3; what it leaves open is in docs/paper.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from selfparam.inject import inject
+from selfparam.lm import LM
+from selfparam.methods.protocol import Reader
+from selfparam.methods.readers import Memory
+from selfparam.targets.unrelated import add_unrelated
+from selfparam.types import PAPER, Recipe, TargetSet
+
+
+@dataclass(frozen=True)
+class SelfParam:
+    """ratio, neighbour_share: as add_unrelated has them (None: its defaults; no neighbours to the letter of Eq. 2).
+
+    source: who writes unrelated sentences. teacher: which θ reads x, the one before this step or the "first" one
+    (only different in a sequence; the first one stays in memory as a second copy).
+    """
+
+    recipe: Recipe = PAPER
+    ratio: float | None = None
+    neighbour_share: float | None = None
+    source: str = "self"
+    teacher: Literal["previous", "first"] = "previous"
+    needs_pairs: ClassVar[bool] = True
+
+    def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
+        start = after.lm if after else lm
+        written = [replace(s, unrelated=()) for s in sets if s.related]
+        if not written:
+            return Memory(start, ("nobody wrote a pair: nothing was trained",))
+        share = 0.0 if self.neighbour_share is None and self.recipe.teacher_sees_x else self.neighbour_share
+        given: dict[str, Any] = {"ratio": self.ratio, "neighbour_share": share}
+        chosen = written if self.ratio == 0 else add_unrelated(
+            start, written, source=self.source, seed=seed, **{k: v for k, v in given.items() if v is not None})
+        teacher = lm if self.teacher == "first" and after else None
+        return Memory(inject(start, chosen, self.recipe.but(seed=seed), teacher=teacher).lm)

@@ -1,0 +1,77 @@
+"""x -> ℰ: the target sentences of contexts. An author writes pairs in rounds until enough distinct ones are there.
+
+Refuses to know who the author is, what unrelated sentences are, and how they are trained on.
+Source: SELF-PARAM, arXiv 2410.00487, section 3.2 (construction of the target sentence set) and A.3.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from selfparam.errors import TargetError
+from selfparam.lm import Progress
+from selfparam.targets.authors import Author, EndpointAuthor, LocalAuthor
+from selfparam.targets.files import cached, read_pairs, read_sets, write_sets
+from selfparam.targets.parse import Pair, Report, keep_pairs, parse_pairs
+from selfparam.types import Context, Sentence, TargetSet
+
+__all__ = [
+    "Author", "EndpointAuthor", "LocalAuthor", "Report", "build_target_set", "cached", "read_pairs", "read_sets",
+    "write_pairs", "write_sets",
+]
+
+#: Pairs asked for beyond those that lack, because some will be dropped.
+_SPARE = 2
+
+
+def write_pairs(
+    contexts: Sequence[Context], author: Author, *, pairs: int = 15, rounds: int = 4, progress: Progress | None = None,
+) -> list[tuple[tuple[Sentence, ...], Report]]:
+    """At most `pairs` distinct pairs about each context, in the order of `contexts`, and what became of the others.
+
+    A later round asks only about contexts that still lack pairs and shows the author their questions.
+    progress: called after each round with (pairs kept, pairs requested), both over all contexts.
+    Raises TargetError where nothing usable was written about a context, AuthorError when the author fails.
+    """
+    if pairs < 1 or rounds < 1:
+        raise TargetError(f"{pairs} pairs in {rounds} rounds cannot be written: ask for at least one pair in one round")
+    kept: list[list[Pair]] = [[] for _ in contexts]
+    dropped: list[Counter[str]] = [Counter() for _ in contexts]
+    asked, wrote = [0] * len(contexts), [""] * len(contexts)
+    for turn in range(rounds):
+        lacking = [i for i, found in enumerate(kept) if len(found) < pairs]
+        if not lacking:
+            break
+        n = pairs if turn == 0 else max(pairs - len(kept[i]) for i in lacking) + _SPARE
+        texts = author.write([contexts[i] for i in lacking], [tuple(kept[i]) for i in lacking], n)
+        for i, text in zip(lacking, texts, strict=True):
+            new, reasons = keep_pairs(parse_pairs(text), kept[i], context=contexts[i].text)
+            kept[i] = (kept[i] + new)[:pairs]
+            dropped[i].update(reasons)
+            asked[i] += 1
+            wrote[i] = text
+        if progress:
+            progress(sum(map(len, kept)), pairs * len(contexts))
+    for i, context in enumerate(contexts):
+        if not kept[i]:
+            raise TargetError(_nothing(context, wrote[i], asked[i], dropped[i]))
+    return [
+        (tuple(Sentence(q, a, x.id) for q, a in found), Report(pairs, len(found), times, dict(why)))
+        for x, found, times, why in zip(contexts, kept, asked, dropped, strict=True)
+    ]
+
+
+def build_target_set(
+    context: Context, author: Author, *, pairs: int = 15, unrelated: Sequence[Sentence] = (), rounds: int = 4
+) -> TargetSet:
+    """ℰ of one context: pairs by the author and the unrelated sentences given. Raises as write_pairs does."""
+    ((related, _),) = write_pairs([context], author, pairs=pairs, rounds=rounds)
+    return TargetSet(context, related, tuple(unrelated), author.id)
+
+
+def _nothing(context: Context, text: str, rounds: int, dropped: Counter[str]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "no pair in it"
+    beginning = " ".join(text.split())[:120]
+    return (f"nothing usable was written about '{context.title or context.id}' in {rounds} rounds ({reasons}); "
+            f"the author wrote: '{beginning}': choose another author or prompt")

@@ -1,0 +1,138 @@
+"""The nouns of selfparam as frozen dataclasses: what is injected, asked and trained on, and how.
+
+Refuses to know models, files and tensors; standard library only.
+Source: SELF-PARAM, arXiv 2410.00487 (symbols x, p, s, ℰ in section 3; hyper-parameters in A.2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Objective = Literal["kl", "next-word"]
+Train = Literal["lora", "mlp", "full"]
+
+
+def content_hash(*parts: str) -> str:
+    """First 16 hex digits of the SHA-256 of the parts, separated unambiguously."""
+    digest = hashlib.sha256()
+    for part in parts:
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Context:
+    """x: one document or experience. `id` is the hash of the text; `title` and `source` are for people."""
+
+    text: str
+    title: str = ""
+    source: str = ""
+    id: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", content_hash(self.text))
+
+
+@dataclass(frozen=True)
+class Question:
+    """p: what is asked afterwards. A prediction scores the maximum over `answers`; `about` is a Context id."""
+
+    text: str
+    answers: tuple[str, ...]
+    about: str | None = None
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """s: one target sentence.
+
+    With a `prompt`, a question and its answer; with an empty `prompt`, plain text (`completion`).
+    `about` is the id of its Context; None means unrelated.
+    """
+
+    prompt: str
+    completion: str
+    about: str | None = None
+
+
+@dataclass(frozen=True)
+class TargetSet:
+    """ℰ: the target sentences of one context, and who wrote them (`author` = generator and prompt hash)."""
+
+    context: Context
+    related: tuple[Sentence, ...]
+    unrelated: tuple[Sentence, ...] = ()
+    author: str = ""
+
+    @property
+    def id(self) -> str:
+        parts = [self.context.text, self.author]
+        parts += [f"{s.prompt}\t{s.completion}" for s in (*self.related, *self.unrelated)]
+        return content_hash(*parts)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How θ becomes θ'. Learning rates are per optimiser step, lengths in tokens.
+
+    objective          "kl" = Eq. 2; "next-word" = cross-entropy on the sentence's own tokens (the FT baselines)
+    train              "lora" (merged afterwards), "mlp" (MLP matrices only) or "full"
+    teacher_sees_x     for unrelated sentences: True is Eq. 2 to the letter, False lets them hold the model where it was
+    loss_on            "pair": every token of s; "answer": only the completion
+    unrelated_weight   factor on the loss of unrelated sentences
+    batch_tokens       student tokens in one optimiser step (rows are packed whole)
+    stop_below         stop after the first epoch whose mean loss (nats per token) is lower; 0 never stops early
+    precision          "auto": bf16 autocast where the hardware multiplies bf16 matrices; "fp32"; "bf16"
+    """
+
+    objective: Objective = "kl"
+    train: Train = "lora"
+    epochs: int = 50
+    lr: float = 2e-5
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.0
+    warmup: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    clip: float = 1.0
+    batch_tokens: int = 1024
+    teacher_sees_x: bool = True
+    loss_on: Literal["pair", "answer"] = "pair"
+    unrelated_weight: float = 1.0
+    stop_below: float = 0.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+
+    def but(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+#: The paper's values for 3-8B models (A.2): lr 2e-5, 50 epochs, LoRA r 8, alpha 32, dropout 0.1, Eq. 2 to the letter.
+PAPER = Recipe()
+#: Sequential injection (A.2): 20 epochs a step.
+PAPER_SEQUENTIAL = PAPER.but(epochs=20)
+#: Conversational recommendation (A.2): one epoch.
+PAPER_RECOMMEND = PAPER.but(epochs=1)
+#: For models of tens of millions of parameters, found by measurement on the embedded model (docs/LOG.md).
+SMALL = Recipe(
+    epochs=12,
+    lr=3e-3,
+    lora_rank=32,
+    lora_alpha=64,
+    lora_dropout=0.0,
+    schedule="linear",
+    warmup=0.05,
+    batch_tokens=256,
+    teacher_sees_x=False,
+    loss_on="answer",
+)

@@ -1,0 +1,217 @@
+"""The commands of stores, end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from selfparam import steps
+from selfparam.cli import main
+from selfparam.store.snapshots import Store
+from tests.tiny import tiny_lm
+
+DOCUMENTS = {
+    "lamp": ("The red lamp stands on the hill. Its keeper is Mara.",
+             [("Who keeps the red lamp?", "Mara"), ("Where is the lamp?", "on the hill")]),
+    "boat": ("The grey boat belongs to Tom. It has two oars.",
+             [("Who owns the grey boat?", "Tom"), ("How many oars has it?", "two")]),
+}
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(arguments)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(steps, "HELD_OUT_PASSAGES", 3)
+    tiny_lm("llama", chat=True).save(tmp_path / "tiny")
+    for name, (text, pairs) in DOCUMENTS.items():
+        Path(f"{name}.txt").write_text(text)
+        Path(f"{name}.jsonl").write_text("\n".join(json.dumps({"question": q, "answer": a}) for q, a in pairs))
+    Path("probes.jsonl").write_text(json.dumps({"question": "Where is the lamp?", "answers": ["on the hill"],
+                                                "context": "lamp.txt"}))
+    return tmp_path
+
+
+def learn(run: Run, name: str, *more: str) -> tuple[int, str, str]:
+    return run("inject", "st", f"{name}.txt", "--author", f"{name}.jsonl", "--unrelated", "packaged", "--epochs", "2",
+               "--lr", "1e-2", *more)
+
+
+def make(run: Run, *more: str) -> Store:
+    """A store; a tiny random model finds every text surprising."""
+    code, _, err = run("init", "st", "--model", "tiny", "--max-surprise", "100", *more)
+    assert (code, err) == (0, "")
+    return Store.open("st")
+
+
+def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
+    store = make(run)
+    first = store.head or ""
+    assert learn(run, "lamp")[0] == 0
+    code, out, err = learn(run, "boat", "--probes", "probes.jsonl", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["snapshot"] == store.head and said["guard"]["measured"]["probes"] == 1
+    assert said["guard"]["measured"]["decay"] is not None  # the hash of the question is known from the day before
+    assert [x["source"] for x in said["contexts"]] == ["boat.txt"]
+    raw = b"".join(path.read_bytes() for path in (place / "st").rglob("*") if path.is_file() and not path.is_symlink())
+    for secret in (b"red lamp", b"grey boat", b"Mara", b"on the hill"):
+        assert secret not in raw  # no text is kept
+
+    code, out, _ = run("log", "st")
+    assert code == 0 and out.index("boat.txt") < out.index("lamp.txt") and f"* {said['snapshot'][:12]}" in out
+    code, out, _ = run("diff", "st", first[:6], "--questions", "probes.jsonl", "--json")
+    found = json.loads(out)
+    assert [x["source"] for x in found["contexts"]] == ["lamp.txt", "boat.txt"] and found["drift"] > 0
+    assert found["asked"] == 1
+
+    assert run("export", "st", "--out", "model")[0] == 0
+    assert run("export", "st", "--out", "lora", "--format", "adapter")[0] == 0
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained("model")(ids).logits
+        base = AutoModelForCausalLM.from_pretrained("tiny")
+        before = base(ids).logits
+        summed = PeftModel.from_pretrained(base, "lora")(ids).logits
+    assert torch.allclose(summed, expected, atol=1e-4) and not torch.allclose(before, expected, atol=1e-2)
+    code, out, err = run("inject", "model", "lamp.txt", "--author", "lamp.jsonl", "--unrelated", "packaged",
+                         "--epochs", "1", "--out", "further")
+    assert code == 0, err
+
+    assert run("rollback", "st")[0] == 0 and len(store.lineage()) == 2
+    assert run("rollback", "st", "--steps", "1")[0] == 0 and store.head == first
+    assert run("rollback", "st")[0] == 2
+    assert run("ask", "st", "Who?", "--max-new-tokens", "3")[0] == 0
+    code, out, _ = run("log", "st", "--all")
+    assert out.count("not behind the head") == 2
+    assert run("checkout", "st", said["snapshot"][:10])[0] == 0 and store.head == said["snapshot"]
+    assert run("verify", "st")[0] == 0
+
+    weights = [store.object(one.files["model.safetensors"][0]) for one in store.lineage()]
+    before_gc = weights[1].read_bytes()
+    assert run("gc", "st", "--deltas")[0] == 0
+    assert not weights[1].exists() and weights[0].exists() and weights[2].exists()
+    assert run("verify", "st")[0] == 0
+    assert run("checkout", "st", store.lineage()[1].id)[0] == 0  # made again of parent and delta
+    assert weights[1].read_bytes() == before_gc
+
+
+def test_the_guard_keeps_aside_and_force_is_recorded(run: Run) -> None:
+    store = make(run, "--max-drift", "0.0001")
+    head = store.head
+    code, _, err = learn(run, "lamp")
+    assert code == 2 and store.head == head
+    assert "refused and kept aside" in err and "drift" in err and err.count("error:") == 1
+    [aside] = [one for one in store.snapshots() if one.refused]
+    assert "refused" in run("log", "st", "--all")[1] and "refused" not in run("log", "st")[1]
+    assert run("checkout", "st", aside.id[:8])[0] == 2
+    assert run("checkout", "st", aside.id[:8], "--force")[0] == 0
+    assert store.moves[-1]["forced"] and store.head == aside.id
+    assert run("rollback", "st")[0] == 0
+    assert learn(run, "lamp", "--force")[0] == 0
+    assert store.find().forced and store.moves[-1]["forced"]
+    assert "forced" in run("log", "st")[1]
+
+
+def test_random_characters_are_not_even_begun(run: Run) -> None:
+    make(run)
+    settings = json.loads(Path("st/store.json").read_text())
+    settings["limits"]["surprise"] = 1.0
+    Path("st/store.json").write_text(json.dumps(settings))
+    code, _, err = learn(run, "lamp")
+    assert code == 2 and "reads like random characters" in err
+    assert len(Store.open("st").ids()) == 1
+    assert learn(run, "lamp", "--force")[0] == 0
+    assert "surprise" in Store.open("st").find().faults[0]
+
+
+def test_a_harmful_update_is_refused(run: Run) -> None:
+    store = make(run)
+    head = store.head
+    code, _, err = learn(run, "lamp", "--lr", "10")
+    assert code == 2 and err.count("error:") == 1 and "Traceback" not in err
+    assert store.head == head and store.verify() == []
+
+
+def test_kept_texts_are_asked_again(run: Run) -> None:
+    store = make(run, "--keep-texts")
+    assert learn(run, "lamp")[0] == 0
+    assert "on the hill" in store.text(store.find(), "texts/sets.jsonl")
+    code, out, _ = learn(run, "boat", "--json")
+    assert code == 0 and json.loads(out)["guard"]["measured"]["probes"] == 2
+    code, out, _ = run("diff", "st", store.lineage()[0].id[:8], "--json")
+    assert json.loads(out)["asked"] == 4
+
+
+def test_gguf_is_made_by_the_converter_of_the_user(run: Run) -> None:
+    make(run)
+    code, _, err = run("export", "st", "--out", "m.gguf", "--format", "gguf")
+    assert code == 2 and "convert_hf_to_gguf.py of llama.cpp" in err
+    converter = "import sys, pathlib; pathlib.Path(sys.argv[3]).write_bytes(b'GGUF' + sys.argv[1].encode())"
+    Path("convert.py").write_text(converter)
+    assert run("export", "st", "--out", "m.gguf", "--format", "gguf", "--converter", "convert.py")[0] == 0
+    assert Path("m.gguf").read_bytes().startswith(b"GGUF")
+    Path("bad.py").write_text("raise SystemExit('unknown architecture')")
+    code, _, err = run("export", "st", "--out", "n.gguf", "--format", "gguf", "--converter", "bad.py")
+    assert code == 2 and "unknown architecture" in err and not Path("n.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("log nowhere", "is no store"),
+        ("verify tiny", "is no store"),
+        ("init st --model tiny", "exists and is not empty"),
+        ("init new --model tiny --max-drift -1", "--max-drift"),
+        ("inject st", "nothing to inject"),
+        ("inject st lamp.txt --out x", "a store takes no --out"),
+        ("inject st lamp.txt --adapter", "a store takes no --adapter"),
+        ("inject st lamp.txt --dtype float32", "a store takes no --dtype"),
+        ("inject st --resume", "no injection is in progress"),
+        ("inject st lamp.txt --resume", "leave out 'files'"),
+        ("inject tiny lamp.txt --out x --force", "are for stores"),
+        ("inject st lamp.txt --probes missing.jsonl", "missing.jsonl"),
+        ("checkout st ffff", "no snapshots begin"),
+        ("diff st ffff", "no snapshots begin"),
+        ("rollback st", "only 0 snapshot(s)"),
+        ("export st --out tiny", "exists and is not empty"),
+        ("export st --out x --format adapter", "is no sum of LoRA deltas"),
+    ],
+)
+def test_one_line_and_exit_code_2(run: Run, place: Path, command: str, says: str) -> None:
+    make(run)
+    before = sorted(path for path in place.rglob("*") if path.name not in ("lock", "cache"))
+    code, out, err = run(*command.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert sorted(path for path in place.rglob("*") if path.name not in ("lock", "cache")) == before
+
+
+def test_damage_is_named(run: Run) -> None:
+    store = make(run)
+    path = store.object(store.find().files["model.safetensors"][0])
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    code, out, err = run("verify", "st")
+    assert code == 2 and "'model.safetensors' of snapshot" in out and "was altered" in out and "1 fault(s)" in err
+    assert run("export", "st", "--out", "x")[0] == 2 and not Path("x").exists()

@@ -1,0 +1,217 @@
+"""The core against independent computations: float64 equations, joined rows, unpacked rows, every architecture."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from selfparam.errors import InjectionError
+from selfparam.inject import inject, objective
+from selfparam.inject.objective import Head, kl, kl_tokens, next_word
+from selfparam.inject.pairs import build_rows, epoch_steps, offsets, pack
+from selfparam.inject.teacher import check_head, head_of, teacher_states
+from selfparam.inject.trainable import layer_linears, lora_targets
+from selfparam.types import PAPER, Context, Sentence, TargetSet
+from tests.tiny import KINDS, tiny_lm
+
+FAST = PAPER.but(lr=1e-2, epochs=12, lora_dropout=0.0, precision="fp32", batch_tokens=64)
+
+
+def a_set(unrelated: bool = True) -> TargetSet:
+    x = Context("The red lamp stands on the hill. Its keeper is Mara and the light was built in 1911.", title="lamp")
+    related = (
+        Sentence("Who keeps the lamp?", "Mara", x.id),
+        Sentence("When was the light built?", "1911", x.id),
+        Sentence("Where does it stand?", "on the hill", x.id),
+    )
+    plain = (Sentence("", "The boat came back in the evening.", None), Sentence("Who sails?", "Tom", None))
+    return TargetSet(x, related, plain if unrelated else ())
+
+
+# --- the objective against float64 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_kl_and_its_gradients_equal_float64_autograd(softcap: float | None, with_bias: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    n, d, v = 37, 8, 50
+    h, t = torch.randn(n, d, generator=g), torch.randn(n, d, generator=g)
+    weight = torch.randn(v, d, generator=g).requires_grad_()
+    bias = torch.randn(v, generator=g).requires_grad_() if with_bias else None
+    w = torch.rand(n, generator=g)
+    student = h.clone().requires_grad_()
+    frozen = Head(weight.detach().clone(), None if bias is None else bias.detach().clone(), softcap)
+    loss = kl(student, Head(weight, bias, softcap), t, frozen, w)
+    loss.backward()
+
+    def logits(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        raw = x @ a.T + (0 if b is None else b)
+        return torch.tanh(raw / softcap) * softcap if softcap else raw
+
+    h64 = h.double().requires_grad_()
+    w64 = weight.detach().double().requires_grad_()
+    b64 = None if bias is None else bias.detach().double().requires_grad_()
+    p = logits(t.double(), w64.detach(), None if b64 is None else b64.detach()).softmax(-1)
+    q = logits(h64, w64, b64).log_softmax(-1)
+    expected = (w.double() * F.kl_div(q, p, reduction="none").sum(-1)).sum()
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.allclose(student.grad.double(), h64.grad, atol=1e-5)
+    assert torch.allclose(weight.grad.double(), w64.grad, atol=1e-4)
+    if bias is not None and b64 is not None:
+        assert torch.allclose(bias.grad.double(), b64.grad, atol=1e-4)
+
+
+def test_next_word_equals_cross_entropy() -> None:
+    h, weight = torch.randn(9, 6, requires_grad=True), torch.randn(20, 6)
+    targets, w = torch.randint(0, 20, (9,)), torch.rand(9)
+    loss = next_word(h, Head(weight), targets, w)
+    loss.backward()
+    other = h.detach().clone().requires_grad_()
+    expected = (w * F.cross_entropy(other @ weight.T, targets, reduction="none")).sum()
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.allclose(h.grad, other.grad, atol=1e-6)
+
+
+def test_kl_is_zero_for_equal_states_and_chunks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, head = torch.randn(30, 8), Head(torch.randn(40, 8))
+    assert float(kl(h, head, h, head, torch.ones(30))) == 0.0
+    t = torch.randn(30, 8)
+    whole = kl(h, head, t, head, torch.ones(30))
+    monkeypatch.setattr(objective, "CHUNK", 7)
+    assert float(kl(h, head, t, head, torch.ones(30))) == pytest.approx(float(whole), rel=1e-6)
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chat", [False, True])
+def test_prefilled_equals_joined(kind: str, chat: bool) -> None:
+    """States on the shared cache of x are those of the joined row x + s, for every architecture."""
+    lm = tiny_lm(kind, chat=chat)
+    check_head(lm)
+    rows, prefixes = build_rows(lm, [a_set()], PAPER)
+    states = teacher_states(lm, rows, prefixes)
+    for row, start in zip(rows, offsets(rows), strict=True):
+        ids = torch.tensor([[*prefixes[row.prefix], *row.s]])
+        joined = lm.hidden(lm.model, input_ids=ids)[0, -row.scored - 1 : -1]
+        assert torch.allclose(states[start : start + row.scored], joined, atol=2e-5), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_equals_unpacked(kind: str) -> None:
+    lm = tiny_lm(kind)
+    rows, _ = build_rows(lm, [a_set()], PAPER)
+    starts = offsets(rows)
+    packed = pack(rows, range(len(rows)), starts, 100, 0)
+    assert packed.ids.numel() < sum(max(len(r.student) for r in rows) for _ in rows)
+    with torch.no_grad():
+        h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)[packed.index]
+        for row, start in zip(rows, starts, strict=True):
+            alone = lm.hidden(lm.model, input_ids=torch.tensor([row.student]))[0, row.first - 1 : -1]
+            mine = h[(packed.source >= start) & (packed.source < start + row.scored)]
+            assert torch.allclose(mine, alone, atol=2e-5), kind
+
+
+def test_same_ids_on_both_sides_and_answers_only() -> None:
+    lm = tiny_lm("llama", chat=True)
+    rows, prefixes = build_rows(lm, [a_set()], PAPER)
+    for row in rows:
+        assert row.student[-len(row.s) :] == row.s
+    assert len(prefixes) == 2  # with x: in front of a chat turn, in front of plain text
+    short, free = build_rows(lm, [a_set()], PAPER.but(loss_on="answer", teacher_sees_x=False))
+    assert sum(r.scored for r in short) < sum(r.scored for r in rows)
+    assert len(free) == 3  # x for the pairs; nothing for unrelated pairs and text
+    mara = short[0].student[short[0].first :]
+    assert lm.decode(mara) == "Mara"
+
+
+def test_steps_use_every_row_once() -> None:
+    lm = tiny_lm("llama")
+    rows, _ = build_rows(lm, [a_set()], PAPER)
+    steps = epoch_steps(rows, 40, random.Random(1))
+    assert sorted(i for s in steps for i in s) == list(range(len(rows)))
+    assert len(steps) > 1
+
+
+# --- the whole ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", ["lora", "mlp", "full"])
+def test_injection_lowers_the_kl_and_leaves_the_teacher_alone(kind: str, train: str) -> None:
+    lm = tiny_lm(kind)
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    done = inject(lm, [a_set()], FAST.but(train=train))
+    assert done.trained.losses[-1] < 0.8 * done.trained.losses[0], (kind, train, done.trained.losses)
+    assert all(torch.equal(v, lm.model.state_dict()[k]) for k, v in before.items())
+    assert done.merge_error < 1e-4
+    changed = {k for k, v in done.lm.model.state_dict().items() if not torch.equal(v, before[k])}
+    attention, mlp = layer_linears(lm)
+    wanted = {"lora": {*attention, *mlp}, "mlp": set(mlp)}.get(train)
+    if wanted is not None:
+        assert {k.removesuffix(".weight").removesuffix(".bias") for k in changed} == wanted
+
+
+def test_bf16_trains_too() -> None:
+    done = inject(tiny_lm("llama"), [a_set()], FAST.but(precision="bf16"))
+    assert done.trained.losses[-1] < 0.8 * done.trained.losses[0]
+
+
+def test_lora_targets_are_the_papers() -> None:
+    assert lora_targets(tiny_lm("llama")) == sorted(["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"])
+    assert not any("attn.c_proj" in name for name in lora_targets(tiny_lm("gpt2")))
+
+
+def test_an_empty_context_gives_kl_zero() -> None:
+    lm = tiny_lm("llama")
+    empty = TargetSet(Context(""), a_set().related, a_set().unrelated)
+    rows, prefixes = build_rows(lm, [empty], PAPER)
+    states = teacher_states(lm, rows, prefixes)
+    packed = pack(rows, range(len(rows)), offsets(rows), 1, 0)
+    with torch.no_grad():
+        h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)[packed.index]
+    assert float(kl_tokens(h, head_of(lm), states[packed.source], head_of(lm)).max()) < 1e-6
+
+
+def test_same_seed_same_weights() -> None:
+    lm = tiny_lm("llama")
+    recipe = FAST.but(lora_dropout=0.1, epochs=3)
+    one, two = (inject(lm, [a_set()], recipe).lm.model.state_dict() for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    other = inject(lm, [a_set()], recipe.but(seed=1)).lm.model.state_dict()
+    assert any(not torch.equal(one[k], other[k]) for k in one)
+
+
+def test_adapter_alone_gives_the_merged_weights() -> None:
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    lm = tiny_lm("llama")
+    done = inject(lm, [a_set()], FAST, keep_adapter=True)
+    assert done.adapter is not None
+    config, weights = done.adapter
+    model = get_peft_model(copy.deepcopy(lm.model), config)
+    set_peft_model_state_dict(model, weights)
+    ids = torch.tensor([lm.encode("Who keeps the lamp?")])
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(ids).logits, done.lm.model(ids).logits, atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_is_one_line() -> None:
+    with pytest.raises(InjectionError, match="smaller learning rate"):
+        inject(tiny_lm("llama"), [a_set()], FAST.but(lr=1e30, train="full", clip=1e30))
+
+
+def test_nothing_to_train_and_too_long() -> None:
+    lm = tiny_lm("llama")
+    with pytest.raises(InjectionError, match="no sentences"):
+        inject(lm, [TargetSet(Context("x"), ())], FAST)
+    with pytest.raises(InjectionError, match="split the context"):
+        inject(lm, [TargetSet(Context("word " * 5000), a_set().related)], FAST)

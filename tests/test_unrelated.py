@@ -1,0 +1,90 @@
+"""Unrelated sentences and drift, on tiny random models."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfparam.data.slots import Slots
+from selfparam.errors import TargetError
+from selfparam.metrics.drift import drift, reference
+from selfparam.targets import unrelated
+from selfparam.types import Context, Sentence, TargetSet
+from tests.tiny import tiny_lm
+
+
+def a_set() -> TargetSet:
+    text = "Velmora is known for its glass. The mayor of Velmora is Odric Hallan. The Marsh Festival is a festival."
+    x = Context(text)
+    return TargetSet(
+        x, (Sentence("Who is the mayor of Velmora?", "Odric Hallan", x.id), Sentence("What is it?", "glass", x.id))
+    )
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_ratio_and_neighbours(chat: bool) -> None:
+    lm = tiny_lm("llama", chat=chat)
+    done = unrelated.add_unrelated(lm, [a_set()], ratio=4.0, neighbour_share=0.5, source="packaged")[0]
+    near = [s for s in done.unrelated if s.prompt]
+    assert len(done.unrelated) == 8 and all(s.about is None for s in done.unrelated)
+    assert near and all("Velmora" not in s.prompt and "mayor of" in s.prompt for s in near)
+    assert done.related == a_set().related
+    assert not unrelated.add_unrelated(lm, [a_set()], ratio=0.0)[0].unrelated
+
+
+def test_a_name_is_swapped_only_where_it_is_one() -> None:
+    slots = Slots(random.Random(0))
+    text = a_set().context.text
+    assert unrelated.swap_names("What is it known for?", text, slots) is None
+    swapped = unrelated.swap_names("When is the Marsh Festival held?", text, slots)
+    assert swapped is not None and swapped.endswith("Festival held?") and "Marsh" not in swapped
+
+
+def test_self_samples_come_from_the_model_and_repeat_with_the_seed() -> None:
+    lm = tiny_lm("llama", chat=True)
+    one = unrelated.sampled(lm, 6, seed=1)
+    assert one == unrelated.sampled(lm, 6, seed=1)
+    assert one != unrelated.sampled(lm, 6, seed=2)
+
+
+def test_own_text_and_its_errors(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("The boat came home late in the evening. Nobody had lit the lamp. " * 20)
+    found = unrelated.from_file(file)
+    assert len(found) >= 3 and all(len(p) <= 2 * unrelated.LONGEST for p in found)
+    for bad in (tmp_path / "missing.txt", tmp_path):
+        with pytest.raises(TargetError, match="UTF-8 text file"):
+            unrelated.from_file(bad)
+    file.write_text("x")
+    with pytest.raises(TargetError, match="no sentences"):
+        unrelated.from_file(file)
+
+
+def test_packaged_halves_do_not_overlap() -> None:
+    assert not {*unrelated.packaged("train")} & {*unrelated.packaged("held-out")}
+    assert len(unrelated.packaged("held-out")) >= 100
+
+
+def test_drift_is_zero_before_and_equals_a_direct_computation_after() -> None:
+    lm = tiny_lm("llama", chat=True)
+    sentences = [Sentence("", "The boat came home late."), Sentence("Who sails?", "Tom")]
+    before = reference(lm, sentences)
+    assert drift(before, lm) == 0.0
+    moved = copy.copy(lm)
+    moved.model = copy.deepcopy(lm.model)
+    with torch.no_grad():
+        moved.model.lm_head.weight += 0.1 * torch.randn(moved.model.lm_head.weight.shape)
+    total, count = 0.0, 0
+    for s in sentences:
+        head = lm.prefix(None, plain=not s.prompt)
+        ids = torch.tensor([[*head, *lm.sentence(s)[0]]])
+        with torch.no_grad():
+            p = lm.model(ids).logits[0, len(head) - 1 : -1].double().softmax(-1)
+            q = moved.model(ids).logits[0, len(head) - 1 : -1].double().softmax(-1)
+        total += float((p * (p / q).log()).sum())
+        count += len(p)
+    assert drift(before, moved) == pytest.approx(total / count, rel=1e-4)
