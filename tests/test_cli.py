@@ -35,7 +35,7 @@ PAIRS = [
 ]
 OWN = ("--author", "pairs.jsonl")
 #: Nothing that takes time: few epochs, one unrelated sentence for each pair from the package.
-QUICK = ("--epochs", "2", "--unrelated", "packaged")
+QUICK = ("--epochs", "2", "--unrelated", "packaged", "--ratio", "1")
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -107,7 +107,7 @@ def test_inject_ask_inspect_and_inject_again(run: Run, model: str) -> None:
     code, out, _ = run("ask", "new/one", PAIRS[0][0], "--context", "lamp.txt", *short)
     assert json.loads(out)["answer"] == lm.answer([PAIRS[0][0]], LAMP, max_new_tokens=5)[0]
 
-    code, out, err = run("inject", "new/one", "lamp.txt", *OWN, "--out", "two", "--ratio", "0", *QUICK)
+    code, out, err = run("inject", "new/one", "lamp.txt", *OWN, "--out", "two", *QUICK, "--ratio", "0")
     assert code == 0, err
     assert "drift" in out and "written: two" in out
     code, out, _ = run("inspect", "two")
@@ -118,7 +118,8 @@ def test_inject_ask_inspect_and_inject_again(run: Run, model: str) -> None:
 
 
 def test_targets_can_be_edited_and_passed_back(run: Run, model: str, place: Path) -> None:
-    code, out, err = run("targets", model, "lamp.txt", *OWN, "--unrelated", "packaged", "--out", "sets.jsonl")
+    code, out, err = run("targets", model, "lamp.txt", *OWN, "--unrelated", "packaged", "--ratio", "1",
+                         "--out", "sets.jsonl")
     assert (code, err) == (0, "")
     assert "1 contexts, 3 pairs, 3 unrelated" in out
     sets = place / "sets.jsonl"
@@ -257,7 +258,8 @@ BAD = [
     ("inject MODEL lamp.txt --out out --author pairs.jsonl --unrelated nowhere.txt", "text from 'nowhere.txt'"),
     ("inject MODEL lamp.txt --out out --author ./nobody", "no model directory './nobody'"),
     ("inject MODEL lamp.txt --out out --author pairs.jsonl --lr 1e30 --epochs 5", "use a smaller learning rate"),
-    ("inject MODEL lamp.txt --out out --author pairs.jsonl --lr 1e30 --epochs 1 --train full", "nats per token (limit"),
+    ("inject MODEL lamp.txt --out out --author pairs.jsonl --lr 1e30 --epochs 1 --train full --ratio 0",
+     "nats per token (limit"),
     ("inject MODEL lamp.txt --out out --device nonsense", "device 'nonsense'"),
     ("inject ./nowhere lamp.txt --out out", "no model directory './nowhere'"),
     ("inject someone/unknown lamp.txt --out out --offline", "hub names are refused offline"),
