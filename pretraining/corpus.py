@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from selfparam.data import worlds
-from selfparam.data.slots import Slots, words
+from selfparam.data.slots import Person, Slots, words
 from selfparam.targets.unrelated import packaged
 
 BOS, PAD, USER, ASSISTANT, END = "<|begin|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -37,6 +37,7 @@ TRAIN_SETS = [
 ]
 NGRAM = 13  # words; a training text that shares a run of this many with an evaluation text is left out
 PROSE = ["country_introductions", "plain_prose", "python_peps", "standard_ebooks"]
+WILD = 0.6  # share of documents with names that can only be copied
 # loss weights: text in front of a question, a question, an answer with and without context, written pairs, prose
 W_CONTEXT, W_QUESTION, W_ANSWER, W_BLIND, W_PAIRS, W_PROSE = 0.3, 0.5, 3.0, 0.5, 1.2, 0.5
 BRIEF = resources.files("selfparam.prompts").joinpath("brief.txt").read_text("utf-8")
@@ -149,6 +150,41 @@ def questions_by_rule(sentence: str) -> list[tuple[str, str]]:
     return found
 
 
+class WildSlots(Slots):
+    """Slots whose names are made of pieces and words of the vocabulary: such names can only be copied, not guessed."""
+
+    def __init__(self, rng: random.Random, pieces: list[str], whole: list[str]) -> None:
+        super().__init__(rng, "train")
+        self.pieces, self.whole = pieces, whole
+
+    def _word(self) -> str:
+        if self.rng.random() < 0.4:
+            return self.rng.choice(self.whole).capitalize()
+        found = ""
+        while len(found) < 4 or (len(found) < 8 and self.rng.random() < 0.5):
+            found += self.rng.choice(self.pieces)
+        return found.capitalize()
+
+    def _person(self) -> Person:
+        male = self.rng.random() < 0.5
+        first = self._pick("common_male" if male else "common_female") if self.rng.random() < 0.4 else self._word()
+        return Person.make(first, self._word(), male)
+
+    def _stem(self) -> str:
+        return self._word()
+
+    _place = _region = _river = _stem
+
+    def _org(self) -> str:
+        return f"{self._word()} {self._pick('org_end')}"
+
+    def _product(self) -> str:
+        return self._word()
+
+    def _title(self) -> str:
+        return self.rng.choice((f"The {self._word()} {self._pick('title_noun')}", f"The {self._word()} {self._word()}"))
+
+
 class Corpus:
     """Documents by kind. `progress` in [0, 1] moves from short contexts and copying drills to the full mixture."""
 
@@ -156,6 +192,9 @@ class Corpus:
         self.tokenizer = tokenizer
         self.ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
         self.seed = seed
+        vocabulary = sorted(tokenizer.get_vocab())
+        self.pieces = [t for t in vocabulary if re.fullmatch("[a-z]{1,5}", t)]
+        self.whole = [t[1:] for t in vocabulary if re.fullmatch("Ġ[A-Za-z]?[a-z]{3,8}", t)]
         self.qa = load_qa(folder, TRAIN_SETS) if folder else {}
         self.prose = load_prose(folder) if folder else {}
         self.forbidden = evaluation_ngrams(folder)
@@ -383,26 +422,31 @@ class Corpus:
                 (self.cloze, 0.05),
             ]
         return [
-            (self.drill, 0.03),
-            (self.world, 0.24),
-            (self.scene, 0.15),
-            (self.real, 0.14 * real),
-            (self.author, 0.12),
-            (self.blind, 0.22),
-            (self.plain, 0.04),
-            (self.cloze, 0.06),
+            (self.drill, 0.05),
+            (self.world, 0.27),
+            (self.scene, 0.18),
+            (self.real, 0.09 * real),
+            (self.author, 0.2),
+            (self.blind, 0.15),
+            (self.plain, 0.02),
+            (self.cloze, 0.04),
         ]
 
     def document(self, rng: random.Random, progress: float) -> tuple[list[int], list[float]]:
         """Token ids and loss weights of one document, BOS first."""
         kinds, shares = zip(*self._mixture(progress), strict=True)
-        segments = rng.choices(kinds, shares)[0](Slots(rng, "train"), progress)
+        segments = rng.choices(kinds, shares)[0](self.slots(rng, progress), progress)
         ids, weights = [self.ids[BOS]], [0.0]
         for text, weight in segments:
             piece = [self.ids[text]] if text in self.ids else self.tokenizer.encode(text, add_special_tokens=False).ids
             ids += piece
             weights += [weight] * len(piece)
         return ids, weights
+
+    def slots(self, rng: random.Random, progress: float) -> Slots:
+        """Composed names; once copying is learned mostly names that cannot be guessed."""
+        wild = progress > 0.45 and rng.random() < WILD
+        return WildSlots(rng, self.pieces, self.whole) if wild else Slots(rng, "train")
 
     def batch(self, step: int, rows: int, length: int, progress: float) -> tuple[np.ndarray, np.ndarray]:
         """ids and weights, both [rows, length]: whole documents packed into rows, the rest PAD with weight 0."""

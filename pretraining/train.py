@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
-from corpus import ASSISTANT, BOS, END, PAD, SPECIAL, USER, Corpus, load_qa, tokenizer_texts
+from corpus import ASSISTANT, BOS, END, PAD, SPECIAL, USER, Corpus, WildSlots, load_qa, tokenizer_texts
 
 from selfparam.data import worlds
 
@@ -98,6 +98,11 @@ def length_at(progress: float) -> int:
     return 256 if progress < 0.12 else 512 if progress < 0.9 else SHAPE["max_position_embeddings"]
 
 
+def progress_at(seen: int, tokens: float, start: float) -> float:
+    """Place in the schedule of learning rate, lengths and mixture: from `start` to 1."""
+    return start + (1 - start) * seen / tokens
+
+
 def lr_factor(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARMUP) * min(1.0, max(0.0, (1 - progress) / 0.45))
 
@@ -105,13 +110,13 @@ def lr_factor(step: int, progress: float) -> float:
 class Batches(IterableDataset):  # type: ignore[type-arg]
     """(step, ids, weights) from `step` on until `tokens` tokens are used."""
 
-    def __init__(self, corpus: Corpus, step: int, seen: int, tokens: int) -> None:
-        self.corpus, self.step, self.seen, self.tokens = corpus, step, seen, tokens
+    def __init__(self, corpus: Corpus, step: int, seen: int, tokens: int, start: float) -> None:
+        self.corpus, self.step, self.seen, self.tokens, self.start = corpus, step, seen, tokens, start
 
     def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
         step, seen = self.step, self.seen
         while seen < self.tokens:
-            progress = seen / self.tokens
+            progress = progress_at(seen, self.tokens, self.start)
             length = length_at(progress)
             ids, weights = self.corpus.batch(step, BATCH_TOKENS // length, length, progress)
             seen += ids.size
@@ -163,6 +168,12 @@ def probes(corpus: Corpus, data: Path | None) -> dict[str, list[tuple[str | None
         "known": [(None, q.text, q.answers[0]) for q in worlds.known_questions(60)],
         "scenes": [(c.text, q.text, q.answers[0]) for c, qs in worlds.held_out_passages(12) for q in qs],
     }
+    rng = random.Random("wild")
+    for _ in range(12):
+        item = worlds.subject(WildSlots(rng, corpus.pieces, corpus.whole), rng.choice(worlds.domains()), 5)
+        asked = [(f.ask(f.relation.questions("known")[0], item.name), f.answer) for f in item.facts]
+        text = worlds.render(item, rng)
+        found.setdefault("wild", []).extend((text, q, a) for q, a in asked)
     for name, groups in (load_qa(data, ["xquad_en", "fairytaleqa_val"], evaluation=True) if data else {}).items():
         triples = [(c, q, a) for c, qa in groups for q, a in qa]
         found[name[:5]] = random.Random(0).sample(triples, 60)
@@ -208,6 +219,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("pretraining/run"))
     parser.add_argument("--init", type=Path, help="start a new run from the weights and tokenizer of this model")
     parser.add_argument("--tokens", type=float, default=34e6)
+    parser.add_argument("--start", type=float, default=0.0, help="with --init: where in the schedule to start, 0 to 1")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (resumably) after this many minutes")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
@@ -250,13 +262,13 @@ def main() -> None:
     started = last = time.time()
     window: list[float] = []
     batches = DataLoader(
-        Batches(corpus, state["step"], state["seen"], int(options.tokens)),
+        Batches(corpus, state["step"], state["seen"], int(options.tokens), options.start),
         batch_size=None,
         num_workers=1,
         prefetch_factor=8,
     )
     for step, seen, ids, weights in batches:
-        factor = lr_factor(step, seen / options.tokens)
+        factor = lr_factor(step, progress_at(seen, options.tokens, options.start))
         for optimizer, lr in zip(optimizers, (LR_MUON, LR_ADAMW), strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
         loss = compiled(ids.to(device), weights.to(device))
