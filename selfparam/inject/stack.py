@@ -32,18 +32,14 @@ from selfparam.types import Recipe, TargetSet
 
 STACK = 8  # contexts trained together; memory for adapters, optimiser and activations grows with it
 LINE_TOKENS = 256  # packed lines are about this long: attention masks grow with its square
+DROPOUT = "with dropout a context would depend on the others in its stack: use none, or inject one by one"
 
 
-def check_stack(lm: LM, recipe: Recipe) -> None:
-    """InjectionError where a stack would not give what the contexts give one by one."""
+def refusal(recipe: Recipe) -> str:
+    """Why a stack could not give what the contexts give one by one, or "" where it does."""
     if recipe.train != "lora":
-        raise InjectionError(
-            f"train = '{recipe.train}' changes the weights that a stack shares: use 'lora', or inject one by one"
-        )
-    if recipe.lora_dropout or any(isinstance(m, torch.nn.Dropout) and m.p for m in lm.model.modules()):
-        raise InjectionError(
-            "with dropout a context would depend on the others in its stack: use none, or inject one by one"
-        )
+        return f"train = '{recipe.train}' changes the weights that a stack shares: use 'lora', or inject one by one"
+    return DROPOUT if recipe.lora_dropout else ""
 
 
 def inject_each(lm: LM, target_sets: Sequence[TargetSet], recipe: Recipe, *, stack: int = STACK) -> Iterator[Injection]:
@@ -54,7 +50,9 @@ def inject_each(lm: LM, target_sets: Sequence[TargetSet], recipe: Recipe, *, sta
     Raises InjectionError (a recipe that cannot be stacked, a stack below 1, and as `inject`), ModelError and
     VerificationError as `inject`; one context that fails ends its whole stack.
     """
-    check_stack(lm, recipe)
+    drops = any(isinstance(m, torch.nn.Dropout) and m.p for m in lm.model.modules())
+    if refusal(recipe) or drops:
+        raise InjectionError(refusal(recipe) or DROPOUT)
     if stack < 1:
         raise InjectionError(f"a stack of {stack} holds no context: use at least 1")
     check_head(lm)
