@@ -14,7 +14,9 @@ from selfparam.lm import LM
 from selfparam.types import PAPER, Context, Recipe, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
-RECIPE = PAPER.but(lr=1e-2, epochs=4, lora_dropout=0.0, precision="fp32", batch_tokens=64, schedule="linear", warmup=0.1)
+RECIPE = PAPER.but(
+    lr=1e-2, epochs=4, lora_dropout=0.0, precision="fp32", batch_tokens=64, schedule="linear", warmup=0.1
+)
 WORDS = ("Mara", "1911", "on the hill", "a blue book", "the evening boat")
 
 
