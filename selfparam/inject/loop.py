@@ -17,6 +17,7 @@ from selfparam.errors import InjectionError
 from selfparam.inject.checkpoint import Checkpoints, Position
 from selfparam.inject.objective import Head, kl, next_word
 from selfparam.inject.pairs import Pack, Row, epoch_steps, offsets, pack
+from selfparam.inject.teacher import head_of
 from selfparam.inject.trainable import apply, make_optimizers
 from selfparam.lm import LM
 from selfparam.types import Recipe
@@ -90,8 +91,8 @@ def train(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(parameters, recipe)
-    linear = lm.model.get_output_embeddings()
-    head = Head(linear.weight, getattr(linear, "bias", None), lm.softcap)
+    head = head_of(lm)
+    head = head if head.weight.requires_grad else head.frozen(copy=False)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     rng, starts = random.Random(recipe.seed), offsets(rows)
     width = max(len(r.student) for r in rows)
