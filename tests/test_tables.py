@@ -303,6 +303,41 @@ def test_real_methods_in_processes_give_the_rows_of_one_process(tmp_path: Path, 
     assert alone[2]["settings"]["options"]["recipe"]["epochs"] == 1 and alone[2]["pairs"] == 2
 
 
+def test_stacked_rows_are_those_of_one_by_one(tmp_path: Path, model: str) -> None:
+    """Three contexts in a stack of two and one alone; the base does not stack."""
+    train = 'author = "oracle"\npairs = 2\nratio = 1.0\nsource = "packaged"\n' \
+            'recipe = { from = "small", epochs = 1, precision = "fp32" }'
+    body = BASE + REAL.format(label="SELF-PARAM", method="selfparam", more=train) + REAL.format(
+        label="FT (C)", method="finetune", more='recipe = { from = "small", epochs = 1, precision = "fp32" }')
+    table = make(tmp_path, model, body)
+    run_table(table, stack=1)
+    alone = lines(table)
+    table.results.unlink()
+    told: list[str] = []
+    assert run_table(table, stack=2, says=told.append).failed == 0
+    assert [t for t in told if "PARAM" in t or "FT" in t] == [
+        "SELF-PARAM 1, 2", "FT (C) 1, 2", "SELF-PARAM 3", "FT (C) 3"]
+    for row, expected in zip(lines(table), alone, strict=True):
+        assert row["kl"] == pytest.approx(expected["kl"], rel=1e-3)
+        assert set(row["seconds"]) == {"absorb", "answer"}
+        assert all(row[k] == v for k, v in expected.items() if k not in ("seconds", "peak_memory_mb", "kl"))
+    first, second = (row["seconds"]["absorb"] for row in lines(table)[3:5])
+    assert first == second > 0
+
+
+def test_a_stack_that_fails_is_run_one_by_one(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stack(Knows):
+        stacks = True
+
+        def absorb_each(self, lm: LM, sets: Sequence[TargetSet], *, seed: int = 0) -> Iterator[Reader]:
+            yield self.absorb(lm, sets[:1], seed=seed)
+            raise InjectionError("one of them")
+
+    monkeypatch.setitem(methods.METHODS, "knows", Stack)
+    assert (done := run_table(make(tmp_path, model, KNOWS))).ran == 3 and done.failed == 0
+    assert len(Knows.calls) == 4
+
+
 def test_through_a_local_ray(tmp_path: Path, model: str) -> None:
     pytest.importorskip("ray", reason="ray is not installed (pip install 'selfparam[cluster]')")
     table = make(tmp_path, model, BASE, contexts=2)

@@ -26,6 +26,8 @@ def run(
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time, each in a process of its own with one thread; "
                                                      "with --ray, processors of a local Ray.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="Run cells through Ray (RAY_ADDRESS names a cluster).")] = False,
+    stack: Annotated[int, typer.Option(min=1, help="Contexts of the protocol single that are trained together, where "
+                                                   "the method can; memory grows with it.")] = 8,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; load nothing.")] = False,
     tflops: Annotated[float, typer.Option(min=0.001, help="For --dry-run: operations a second (in 10^12) that the "
                                                           "machine really does.")] = 50.0,
@@ -50,8 +52,8 @@ def run(
 
     journal = Journal(machine)
     with journal.step(f"running {found.name}") as bar:
-        done = run_table(found, workers=workers, ray=ray, says=lambda text: bar.says(f"{found.name}: {text}"),
-                         progress=bar)
+        done = run_table(found, workers=workers, ray=ray, stack=stack,
+                         says=lambda text: bar.says(f"{found.name}: {text}"), progress=bar)
     for note in done.notes:
         journal.note(note)
     if done.dropped:

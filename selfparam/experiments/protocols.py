@@ -15,7 +15,7 @@ from typing import Any
 from selfparam.data.items import Item
 from selfparam.experiments.lab import Lab
 from selfparam.experiments.spec import Cell, Table
-from selfparam.methods import Reader
+from selfparam.methods import Reader, Stacking
 from selfparam.methods.readers import ANSWER_TOKENS
 from selfparam.metrics.qa_f1 import mean_f1, qa_f1
 from selfparam.types import TargetSet, content_hash
@@ -32,16 +32,37 @@ def members(table: Table, cell: Cell) -> range:
 
 def at_once(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet]) -> Scores:
     """single and batch: absorb the contexts of the cell in one call, then ask."""
-    items = [lab.bench.items[i] for i in members(table, cell)]
     begin = time.perf_counter()
     reader = cell.method.make().absorb(lab.lm, sets, seed=table.seed)
-    absorbed = time.perf_counter()
+    absorbed = time.perf_counter() - begin
+    scores = scores_of(lab, table, cell, sets, reader)
+    scores["seconds"]["absorb"] = absorbed
+    return scores
+
+
+def stacked(lab: Lab, table: Table, cells: Sequence[Cell], sets: Sequence[TargetSet], method: Stacking) -> list[Scores]:
+    """single: the cells' contexts, each into its own θ', trained together. seconds: the stack's, shared equally."""
+    readers = method.absorb_each(lab.lm, sets, seed=table.seed)
+    found, absorbing = [], 0.0
+    for cell, one in zip(cells, sets, strict=True):
+        begin = time.perf_counter()
+        reader = next(readers)
+        absorbing += time.perf_counter() - begin
+        found.append(scores_of(lab, table, cell, [one], reader))
+    for scores in found:
+        scores["seconds"]["absorb"] = absorbing / len(found)
+    return found
+
+
+def scores_of(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet], reader: Reader) -> Scores:
+    """What a reader knows of the cell's contexts, what F1 hides, and the seconds of answering."""
+    items = [lab.bench.items[i] for i in members(table, cell)]
+    begin = time.perf_counter()
     scores = asked(reader, items)
-    answered = time.perf_counter()
+    answering = time.perf_counter() - begin
     return {
         **scores, **aside(lab, table, reader, items), "targets": content_hash(*(s.id for s in sets)),
-        "pairs": sum(len(s.related) for s in sets),
-        "seconds": {"absorb": absorbed - begin, "answer": answered - absorbed},
+        "pairs": sum(len(s.related) for s in sets), "seconds": {"answer": answering},
     }
 
 

@@ -21,9 +21,11 @@ from typing import Any
 from selfparam.errors import AuthorError, InjectionError, ModelError, TableError, TargetError
 from selfparam.experiments.authors import sets_by
 from selfparam.experiments.lab import Lab, open_lab
-from selfparam.experiments.protocols import PROTOCOLS, members
+from selfparam.experiments.protocols import PROTOCOLS, Scores, members, stacked
 from selfparam.experiments.rows import Row, append_row, read_rows, usable, write_rows
 from selfparam.experiments.spec import Cell, ModelSpec, Table, cells_of
+from selfparam.inject.stack import STACK
+from selfparam.methods import Stacking
 from selfparam.steps import cache_folder, peak_memory_mb, versions
 from selfparam.types import TargetSet
 
@@ -50,9 +52,12 @@ class Done:
     notes: tuple[str, ...]
 
 
-def run_table(table: Table, *, workers: int = 1, ray: bool = False, says: Says = lambda text: None,
-              progress: Progress = lambda done, total: None) -> Done:
-    """Fill the gaps in the rows of the table. Raises SelfParamError; what is finished stays."""
+def run_table(table: Table, *, workers: int = 1, ray: bool = False, stack: int = STACK,
+              says: Says = lambda text: None, progress: Progress = lambda done, total: None) -> Done:
+    """Fill the gaps in the rows of the table. Raises SelfParamError; what is finished stays.
+
+    stack: so many contexts of the protocol single are trained together, where their method can.
+    """
     cells, ran, failed = cells_of(table), 0, 0
     notes: list[str] = []
     rows = read_rows(table.results)
@@ -64,7 +69,7 @@ def run_table(table: Table, *, workers: int = 1, ray: bool = False, says: Says =
         jobs = _jobs(table, lab, todo, says)
         finished = len(own) - len(jobs)
         progress(finished, len(own))
-        for row in _rows(table, model, lab, jobs, workers, ray, says):
+        for row in _rows(table, model, lab, _stacks(table, jobs, stack), workers, ray, says):
             append_row(table.results, row)
             rows[row["cell"]] = row
             ran, failed, finished = ran + 1, failed + ("error" in row), finished + 1
@@ -107,34 +112,66 @@ def _cut(one: TargetSet, pairs: int) -> TargetSet:
     return TargetSet(one.context, tuple(one.related[i * count // pairs] for i in range(pairs)), (), one.author)
 
 
-def _rows(table: Table, model: ModelSpec, lab: Lab, jobs: Sequence[Job], workers: int, ray: bool,
+def _stacks(table: Table, jobs: Sequence[Job], stack: int) -> list[list[Job]]:
+    """Jobs that are done together: up to `stack` cells of a method that stacks, in the order of their first; or one."""
+    found: list[list[Job]] = []
+    filling: dict[str, list[Job]] = {}
+    for job in jobs:
+        method, key = job.cell.method.make(), job.cell.settings
+        size = stack if table.protocol == "single" and isinstance(method, Stacking) and method.stacks else 1
+        if len(filling.get(key, ())) in (0, size):
+            filling[key] = []
+            found.append(filling[key])
+        filling[key].append(job)
+    return found
+
+
+def _rows(table: Table, model: ModelSpec, lab: Lab, stacks: Sequence[Sequence[Job]], workers: int, ray: bool,
           says: Says) -> Iterator[Row]:
     """The jobs' rows, in the order in which they finish."""
     if ray:
-        yield from _by_ray(table, model, jobs, workers)
-    elif workers > 1 and len(jobs) > 1:
-        yield from _by_processes(table, model, jobs, workers)
+        yield from _by_ray(table, model, stacks, workers)
+    elif workers > 1 and len(stacks) > 1:
+        yield from _by_processes(table, model, stacks, workers)
     else:
-        for job in jobs:
-            says(f"{job.cell.method.label} {job.cell.index + 1}")
-            yield row_of(table, lab, job)
+        for jobs in stacks:
+            says(f"{jobs[0].cell.method.label} {', '.join(str(job.cell.index + 1) for job in jobs)}")
+            yield from rows_of(table, lab, jobs)
+
+
+def rows_of(table: Table, lab: Lab, jobs: Sequence[Job]) -> Iterator[Row]:
+    """The rows of jobs that are done together; one by one where that fails, so that only the guilty ones do."""
+    method = jobs[0].cell.method.make()
+    if len(jobs) > 1 and isinstance(method, Stacking):
+        try:
+            found = stacked(lab, table, [job.cell for job in jobs], [one for job in jobs for one in job.sets], method)
+            yield from (_row(table, lab, job.cell, scores) for job, scores in zip(jobs, found, strict=True))
+            return
+        except (ModelError, InjectionError, TargetError):
+            pass
+    for job in jobs:
+        yield row_of(table, lab, job)
 
 
 def row_of(table: Table, lab: Lab, job: Job) -> Row:
-    """One cell with its provenance. What a method cannot do is a row with "error"; other errors end the run."""
-    cell = job.cell
-    row: Row = {
-        "cell": cell.id, "table": table.name, "protocol": table.protocol, "model": cell.model.shown,
-        "method": cell.method.label, "author": cell.method.author, "n": cell.n, "index": cell.index,
-        "model_hash": lab.model_hash, "data_hash": data_hash(table, lab, cell),
-    }
+    """The row of one cell. What a method cannot do is a row with "error"; other errors end the run."""
     try:
-        row |= PROTOCOLS[table.protocol](lab, table, cell, job.sets)
+        scores = PROTOCOLS[table.protocol](lab, table, job.cell, job.sets)
     except (AuthorError, TableError):
         raise
     except (ModelError, InjectionError, TargetError) as error:
-        row["error"] = str(error)
-    return row | {"settings": json.loads(cell.settings), "versions": versions(), "peak_memory_mb": peak_memory_mb()}
+        scores = {"error": str(error)}
+    return _row(table, lab, job.cell, scores)
+
+
+def _row(table: Table, lab: Lab, cell: Cell, scores: Scores) -> Row:
+    """Scores with their provenance."""
+    return {
+        "cell": cell.id, "table": table.name, "protocol": table.protocol, "model": cell.model.shown,
+        "method": cell.method.label, "author": cell.method.author, "n": cell.n, "index": cell.index,
+        "model_hash": lab.model_hash, "data_hash": data_hash(table, lab, cell), **scores,
+        "settings": json.loads(cell.settings), "versions": versions(), "peak_memory_mb": peak_memory_mb(),
+    }
 
 
 # --- other processes --------------------------------------------------------------------------------------------------
@@ -142,23 +179,23 @@ def row_of(table: Table, lab: Lab, job: Job) -> Row:
 _open: dict[str, Lab] = {}
 
 
-def in_worker(table: Table, model: ModelSpec, job: Job) -> Row:
-    """row_of in a process of its own, which keeps the lab of its last model."""
+def in_worker(table: Table, model: ModelSpec, jobs: Sequence[Job]) -> list[Row]:
+    """rows_of in a process of its own, which keeps the lab of its last model."""
     key = f"{table.name} {model}"
     if key not in _open:
         _open.clear()
         _open[key] = open_lab(table, model)
-    return row_of(table, _open[key], job)
+    return list(rows_of(table, _open[key], jobs))
 
 
-def _by_processes(table: Table, model: ModelSpec, jobs: Sequence[Job], workers: int) -> Iterator[Row]:
+def _by_processes(table: Table, model: ModelSpec, stacks: Sequence[Sequence[Job]], workers: int) -> Iterator[Row]:
     """Spawned processes with one thread each: on few cores, faster than one process with many threads."""
     with _one_thread():
-        pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_begin)
+        pool = ProcessPoolExecutor(min(workers, len(stacks)), mp_context=get_context("spawn"), initializer=_begin)
         try:
-            waiting = [pool.submit(in_worker, table, model, job) for job in jobs]
+            waiting = [pool.submit(in_worker, table, model, jobs) for jobs in stacks]
             for done in as_completed(waiting):
-                yield done.result()
+                yield from done.result()
         except BrokenProcessPool as error:
             raise TableError("a worker process died, perhaps out of memory: use fewer --workers; what is finished is "
                              "kept") from error
@@ -188,7 +225,7 @@ def _one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _by_ray(table: Table, model: ModelSpec, jobs: Sequence[Job], workers: int) -> Iterator[Row]:
+def _by_ray(table: Table, model: ModelSpec, stacks: Sequence[Sequence[Job]], workers: int) -> Iterator[Row]:
     """Ray: the cluster of RAY_ADDRESS, or a local one with `workers` processors. A GPU each where the model asks."""
     try:
         import ray
@@ -201,11 +238,11 @@ def _by_ray(table: Table, model: ModelSpec, jobs: Sequence[Job], workers: int) -
     gpus = 1 if model.device.startswith("cuda") else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus)(in_worker)
     shared = ray.put(table)
-    waiting = [task.remote(shared, model, job) for job in jobs]
+    waiting = [task.remote(shared, model, jobs) for jobs in stacks]
     try:
         while waiting:
             [done], waiting = ray.wait(waiting, num_returns=1)
-            yield ray.get(done)
+            yield from ray.get(done)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     finally:

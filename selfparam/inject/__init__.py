@@ -22,7 +22,7 @@ from selfparam.inject.loop import EpochProgress, Trained, train
 from selfparam.inject.objective import kl_tokens
 from selfparam.inject.pairs import Row, build_rows, pack
 from selfparam.inject.teacher import check_head, head_of, teacher_states
-from selfparam.inject.trainable import make_trainable
+from selfparam.inject.trainable import lean, make_trainable
 from selfparam.lm import LM
 from selfparam.types import Recipe, TargetSet
 
@@ -89,19 +89,21 @@ def inject(
             targets = checkpoints.teacher(read, student.device) if checkpoints else read()
             head = head_of(teacher or student).frozen(copy=recipe.train == "full")
         else:
-            targets, head = _token_targets(student, rows), None
+            targets, head = token_targets(student, rows), None
         taught = time.perf_counter()
         model = make_trainable(student, recipe)
-        trained = train(student, model, rows, targets, head, recipe, progress, checkpoints)
+        with lean(model):
+            trained = train(student, model, rows, targets, head, recipe, progress, checkpoints)
         done = time.perf_counter()
     adapter = _adapter_of(model) if keep_adapter and recipe.train == "lora" else None
-    merge_error = _merge(student, model, rows) if recipe.train == "lora" else 0.0
+    merge_error = merge(student, model, rows) if recipe.train == "lora" else 0.0
     student.model.requires_grad_(True)
     student.model.eval()
     return Injection(student, trained, len(rows), taught - begin, done - taught, merge_error, adapter)
 
 
-def _token_targets(lm: LM, rows: Sequence[Row]) -> torch.Tensor:
+def token_targets(lm: LM, rows: Sequence[Row]) -> torch.Tensor:
+    """What next-word prediction is trained on: the ids [Σ scored] of all scored tokens."""
     return torch.tensor([i for r in rows for i in r.student[r.first :]], device=lm.device)
 
 
@@ -122,8 +124,11 @@ def _states(lm: LM, model: Any, rows: Sequence[Row]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _merge(lm: LM, model: Any, rows: Sequence[Row]) -> float:
-    """Merge the adapters into the weights and compare: mean KL in nats per token over up to 16 rows."""
+def merge(lm: LM, model: Any, rows: Sequence[Row]) -> float:
+    """Merge the adapters into lm's weights and compare: mean KL in nats per token over up to 16 rows.
+
+    Raises VerificationError where they disagree.
+    """
     probe = rows[:: max(1, len(rows) // 16)][:16]
     head = head_of(lm)
     before = _states(lm, model, probe)

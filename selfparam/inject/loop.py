@@ -17,7 +17,8 @@ from selfparam.errors import InjectionError
 from selfparam.inject.checkpoint import Checkpoints, Position
 from selfparam.inject.objective import Head, kl, next_word
 from selfparam.inject.pairs import Pack, Row, epoch_steps, offsets, pack
-from selfparam.inject.trainable import make_optimizers
+from selfparam.inject.teacher import head_of
+from selfparam.inject.trainable import apply, make_optimizers
 from selfparam.lm import LM
 from selfparam.types import Recipe
 
@@ -47,15 +48,29 @@ def factor(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def step_loss(
-    model: Any, head: Head, packed: Pack, recipe: Recipe, targets: torch.Tensor, teacher: Head | None
+    model: Any, head: Head, packed: Pack, targets: torch.Tensor, teacher: Head | None
 ) -> torch.Tensor:
     """Mean loss of one packed step in nats per scored token (weighted)."""
     states = LM.hidden(model, input_ids=packed.ids, position_ids=packed.position_ids)
-    h = states.flatten(0, 1)[packed.index]
+    return loss_of(states.flatten(0, 1)[packed.index], head, packed, targets, teacher)
+
+
+def loss_of(
+    h: torch.Tensor, head: Head, packed: Pack, targets: torch.Tensor, teacher: Head | None
+) -> torch.Tensor:
+    """Mean loss (weighted) in nats per scored token of a pack, whose states h [N, d] predict these tokens."""
     w = packed.weight / packed.weight.sum()
     if teacher is None:
         return next_word(h, head, targets[packed.source], w)
     return kl(h, head, targets[packed.source], teacher, w)
+
+
+def check_finite(value: float, norm: float, epoch: int, recipe: Recipe) -> None:
+    """InjectionError where the loss or the norm of its gradient is not finite."""
+    if not math.isfinite(value) or not math.isfinite(norm):
+        raise InjectionError(
+            f"the loss became {value} in epoch {epoch + 1}: use a smaller learning rate (now {recipe.lr:g})"
+        )
 
 
 def train(
@@ -76,8 +91,8 @@ def train(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(parameters, recipe)
-    linear = lm.model.get_output_embeddings()
-    head = Head(linear.weight, getattr(linear, "bias", None), lm.softcap)
+    head = head_of(lm)
+    head = head if head.weight.requires_grad else head.frozen(copy=False)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     rng, starts = random.Random(recipe.seed), offsets(rows)
     width = max(len(r.student) for r in rows)
@@ -88,19 +103,12 @@ def train(
         at.begin_epoch(epoch, rng)
         for chosen in epoch_steps(rows, recipe.batch_tokens, rng)[at.place :]:
             packed = pack(rows, chosen, starts, max(width, LINE_TOKENS), pad).to(lm.device)
-            loss = step_loss(model, head, packed, recipe, targets, teacher)
+            loss = step_loss(model, head, packed, targets, teacher)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
             value = float(loss.detach())
-            if not math.isfinite(value) or not math.isfinite(float(norm)):
-                raise InjectionError(
-                    f"the loss became {value} in epoch {epoch + 1}: use a smaller learning rate (now {recipe.lr:g})"
-                )
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * factor(at.step, per_epoch * recipe.epochs, recipe)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            check_finite(value, float(norm), epoch, recipe)
+            apply(optimizers, recipe.lr * factor(at.step, per_epoch * recipe.epochs, recipe))
             at.place += 1
             at.step += 1
             at.tokens += sum(len(rows[i].student) for i in chosen)

@@ -29,10 +29,15 @@ class Head:
         return torch.tanh(raw / self.softcap) * self.softcap if self.softcap else raw
 
     def frozen(self, copy: bool) -> Head:
-        """The same head without gradient; a copy when the original will be trained."""
-        w = self.weight.detach()
-        b = self.bias.detach() if self.bias is not None else None
-        return Head(w.clone() if copy else w, b.clone() if copy and b is not None else b, self.softcap)
+        """The same head without gradient; a copy when the original will be trained.
+
+        Inside autocast, in its type: the same numbers, without a cast in every step.
+        """
+        device, kind = self.weight.device.type, self.weight.dtype
+        if torch.is_autocast_enabled(device):
+            kind = torch.get_autocast_dtype(device)
+        w = self.weight.detach().to(kind, copy=copy)
+        return Head(w, self.bias.detach().to(kind, copy=copy) if self.bias is not None else None, self.softcap)
 
 
 class _Chunked(torch.autograd.Function):

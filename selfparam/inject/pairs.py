@@ -115,7 +115,27 @@ def pack(rows: Sequence[Row], chosen: Sequence[int], starts: Sequence[int], widt
             line = len(lines) - 1
         lines[line].append(i)
         room[line] -= len(rows[i].student)
-    width -= min(room)
+    return lay(rows, lines, starts, width - min(room), pad)
+
+
+def even_lines(rows: Sequence[Row], chosen: Sequence[int], count: int) -> list[list[int]]:
+    """The chosen rows in `count` lines of about equal length: each row, the longest first, into the emptiest line."""
+    lines: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for i in sorted(chosen, key=lambda i: -len(rows[i].student)):
+        line = filled.index(min(filled))
+        lines[line].append(i)
+        filled[line] += len(rows[i].student)
+    return lines
+
+
+def line_tokens(rows: Sequence[Row], line: Sequence[int]) -> int:
+    """Student tokens of a line."""
+    return sum(len(rows[i].student) for i in line)
+
+
+def lay(rows: Sequence[Row], lines: Sequence[Sequence[int]], starts: Sequence[int], width: int, pad: int) -> Pack:
+    """Lay rows into lines of `width` tokens, as the lists of their numbers say."""
     ids = torch.full((len(lines), width), pad)
     positions = torch.zeros_like(ids)
     index: list[int] = []

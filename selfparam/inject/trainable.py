@@ -8,10 +8,13 @@ Source: arXiv 2410.00487, A.2.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 
 from selfparam.errors import ModelError
 from selfparam.lm import LINEAR, LM, Conv1D
@@ -79,5 +82,38 @@ def make_optimizers(parameters: list[torch.nn.Parameter], recipe: Recipe) -> lis
     if matrices:
         found.append(torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay))
     if rest:
-        found.append(torch.optim.AdamW(rest, lr=recipe.lr, weight_decay=recipe.weight_decay))
+        found.append(torch.optim.AdamW(rest, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True))
     return found
+
+
+def apply(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
+    """Take a step with the learning rate lr, and clear the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def lean(model: Any) -> Iterator[None]:
+    """Inside autocast: its copies of frozen matrices are made once instead of in every step. The same numbers.
+
+    Adapters take their input as it comes. Afterwards the weights are as they were; nothing to do without autocast.
+    """
+    kind = model.device.type
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    head = model.get_output_embeddings()
+    matrices = [m.weight for m in model.modules() if isinstance(m, LINEAR) and m is not head]
+    frozen = [w for w in matrices if not w.requires_grad]
+    kept = [w.data for w in frozen]
+    try:
+        for w in frozen:
+            w.data = w.data.to(torch.get_autocast_dtype(kind))
+        with disable_input_dtype_casting(model):
+            yield
+    finally:
+        for w, data in zip(frozen, kept, strict=True):
+            w.data = data

@@ -14,12 +14,12 @@ from selfparam.methods.base import Base
 from selfparam.methods.bm25 import BM25
 from selfparam.methods.dpr import DPR
 from selfparam.methods.finetune import FineTune
-from selfparam.methods.protocol import Method, Reader
+from selfparam.methods.protocol import Method, Reader, Stacking
 from selfparam.methods.raptor import Raptor
 from selfparam.methods.selfparam import SelfParam
 from selfparam.types import PAPER, PAPER_RECOMMEND, PAPER_SEQUENTIAL, SMALL, Recipe
 
-__all__ = ["METHODS", "RECIPES", "Method", "Reader", "make_method"]
+__all__ = ["METHODS", "RECIPES", "Method", "Reader", "Stacking", "make_method"]
 
 METHODS: dict[str, type[Any]] = {
     "base": Base,

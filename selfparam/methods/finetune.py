@@ -6,14 +6,16 @@ Source: arXiv 2410.00487, sections 4.1 and 4.4, A.2 (the same hyper-parameters a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from selfparam.inject import inject
+from selfparam.inject.stack import refusal
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
 from selfparam.methods.readers import Memory
+from selfparam.methods.stacked import UNTRAINED, memories
 from selfparam.targets.unrelated import add_unrelated
 from selfparam.types import PAPER, Recipe, Sentence, TargetSet
 
@@ -34,17 +36,27 @@ class FineTune:
     def needs_pairs(self) -> bool:
         return self.on != "contexts"
 
+    @property
+    def stacks(self) -> bool:
+        return not refusal(self.recipe)
+
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
         start = after.lm if after else lm
+        chosen = self._chosen(start, sets, seed)
+        return Memory(inject(start, chosen, self._recipe(seed)).lm) if chosen else Memory(start, UNTRAINED)
+
+    def absorb_each(self, lm: LM, sets: Sequence[TargetSet], *, seed: int = 0) -> Iterator[Reader]:
+        return memories(lm, sets, lambda one: self._chosen(lm, [one], seed), self._recipe(seed))
+
+    def _chosen(self, lm: LM, sets: Sequence[TargetSet], seed: int) -> list[TargetSet]:
+        """What is trained on, of the sets that have any."""
         if self.on == "contexts":
-            chosen = [TargetSet(s.context, (Sentence("", s.context.text, s.context.id),)) for s in sets]
-        else:
-            chosen = [replace(s, unrelated=()) for s in sets if s.related]
-            if self.on == "sentences" and self.ratio and chosen:
-                chosen = add_unrelated(start, chosen, ratio=self.ratio, neighbour_share=0.0, source=self.source,
-                                       seed=seed)
-        if not chosen:
-            return Memory(start, ("nobody wrote a pair: nothing was trained",))
+            return [TargetSet(s.context, (Sentence("", s.context.text, s.context.id),)) for s in sets]
+        chosen = [replace(s, unrelated=()) for s in sets if s.related]
+        if self.on == "sentences" and self.ratio and chosen:
+            return add_unrelated(lm, chosen, ratio=self.ratio, neighbour_share=0.0, source=self.source, seed=seed)
+        return chosen
+
+    def _recipe(self, seed: int) -> Recipe:
         loss_on: Literal["answer", "pair"] = "answer" if self.on == "answers" else "pair"
-        recipe = self.recipe.but(objective="next-word", loss_on=loss_on, seed=seed)
-        return Memory(inject(start, chosen, recipe).lm)
+        return self.recipe.but(objective="next-word", loss_on=loss_on, seed=seed)

@@ -5,8 +5,8 @@ Refuses to know which methods there are. Source: arXiv 2410.00487, tables 1 and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from selfparam.lm import LM
 from selfparam.types import Question, TargetSet
@@ -44,5 +44,22 @@ class Method(Protocol):
 
         The sets hold contexts and pairs; unrelated sentences are the method's own affair. after: what this method left
         when it absorbed earlier contexts; what it knows is kept as well as the method can. Raises SelfParamError.
+        """
+        ...
+
+
+@runtime_checkable
+class Stacking(Protocol):
+    """A Method that can also absorb many sets at a time, each into a fresh θ: faster than one after another."""
+
+    @property
+    def stacks(self) -> bool:
+        """Whether it can with its options."""
+        ...
+
+    def absorb_each(self, lm: LM, sets: Sequence[TargetSet], *, seed: int = 0) -> Iterator[Reader]:
+        """The readers of [absorb(lm, [one], seed=seed) for one in sets], to float tolerance, made when asked for.
+
+        Raises SelfParamError, also where only one of the sets is at fault: absorb them one by one then.
         """
         ...

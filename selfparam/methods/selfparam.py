@@ -6,14 +6,16 @@ Source: arXiv 2410.00487, section 3; what it leaves open is in docs/paper.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from selfparam.inject import inject
+from selfparam.inject.stack import refusal
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
 from selfparam.methods.readers import Memory
+from selfparam.methods.stacked import UNTRAINED, memories
 from selfparam.targets.unrelated import add_unrelated
 from selfparam.types import PAPER, Recipe, TargetSet
 
@@ -33,14 +35,27 @@ class SelfParam:
     teacher: Literal["previous", "first"] = "previous"
     needs_pairs: ClassVar[bool] = True
 
+    @property
+    def stacks(self) -> bool:
+        return not refusal(self.recipe)
+
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
         start = after.lm if after else lm
-        written = [replace(s, unrelated=()) for s in sets if s.related]
-        if not written:
-            return Memory(start, ("nobody wrote a pair: nothing was trained",))
-        share = 0.0 if self.neighbour_share is None and self.recipe.teacher_sees_x else self.neighbour_share
-        given: dict[str, Any] = {"ratio": self.ratio, "neighbour_share": share}
-        chosen = written if self.ratio == 0 else add_unrelated(
-            start, written, source=self.source, seed=seed, **{k: v for k, v in given.items() if v is not None})
+        chosen = self._chosen(start, sets, seed)
+        if not chosen:
+            return Memory(start, UNTRAINED)
         teacher = lm if self.teacher == "first" and after else None
         return Memory(inject(start, chosen, self.recipe.but(seed=seed), teacher=teacher).lm)
+
+    def absorb_each(self, lm: LM, sets: Sequence[TargetSet], *, seed: int = 0) -> Iterator[Reader]:
+        return memories(lm, sets, lambda one: self._chosen(lm, [one], seed), self.recipe.but(seed=seed))
+
+    def _chosen(self, lm: LM, sets: Sequence[TargetSet], seed: int) -> list[TargetSet]:
+        """The sets that have pairs, with unrelated sentences."""
+        written = [replace(s, unrelated=()) for s in sets if s.related]
+        if self.ratio == 0 or not written:
+            return written
+        share = 0.0 if self.neighbour_share is None and self.recipe.teacher_sees_x else self.neighbour_share
+        given: dict[str, Any] = {"ratio": self.ratio, "neighbour_share": share}
+        return add_unrelated(
+            lm, written, source=self.source, seed=seed, **{k: v for k, v in given.items() if v is not None})

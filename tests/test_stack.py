@@ -1,0 +1,135 @@
+"""A stack of independent injections: the results of one by one, whoever shares the stack; and the lean step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from selfparam.errors import InjectionError
+from selfparam.inject import inject
+from selfparam.inject.pairs import build_rows, even_lines, line_tokens
+from selfparam.inject.stack import inject_each
+from selfparam.inject.trainable import lean, make_trainable
+from selfparam.lm import LM
+from selfparam.types import PAPER, Context, Recipe, Sentence, TargetSet
+from tests.tiny import tiny_lm
+
+RECIPE = PAPER.but(
+    lr=1e-2, epochs=4, lora_dropout=0.0, precision="fp32", batch_tokens=64, schedule="linear", warmup=0.1
+)
+WORDS = ("Mara", "1911", "on the hill", "a blue book", "the evening boat")
+
+
+def a_set(i: int, related: int, unrelated: int) -> TargetSet:
+    x = Context(f"Lamp {i} stands on the hill. Its keeper is Mara and the light was built in 1911.")
+    pairs = tuple(Sentence(f"What is fact {k} of lamp {i}?", f"{WORDS[k]} {i}", x.id) for k in range(related))
+    return TargetSet(x, pairs, (Sentence("", "The boat came back.", None), Sentence("Who sails?", "Tom"))[:unrelated])
+
+
+SETS = [a_set(0, 5, 2), a_set(1, 1, 0), a_set(2, 3, 1)]  # several steps an epoch, one row, and what lies between
+
+
+def calm(kind: str) -> LM:
+    """A tiny model without dropout of its own."""
+    lm = tiny_lm(kind)
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return lm
+
+
+def check(lm: LM, recipe: Recipe, stack: int = 3, losses: float = 1e-5, weights: float = 1e-4) -> None:
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    together = list(inject_each(lm, SETS, recipe, stack=stack))
+    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
+    for target_set, got in zip(SETS, together, strict=True):
+        alone = inject(lm, [target_set], recipe)
+        assert (got.rows, got.trained.steps, got.trained.tokens) == (
+            alone.rows, alone.trained.steps, alone.trained.tokens)
+        assert got.trained.losses == pytest.approx(alone.trained.losses, rel=losses, abs=losses)
+        expected = alone.lm.model.state_dict()
+        for name, value in got.lm.model.state_dict().items():
+            assert torch.allclose(value, expected[name], atol=weights), name
+        assert any(not torch.equal(v, before[k]) for k, v in expected.items())
+        assert got.merge_error < 1e-4 and not got.lm.model.training
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])  # plain, soft-caps and windows, transposed matrices
+@pytest.mark.parametrize("objective", ["kl", "next-word"])
+def test_together_equals_one_by_one(kind: str, objective: str) -> None:
+    check(calm(kind), RECIPE.but(objective=objective))
+
+
+def test_long_steps_in_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfparam.inject.stack.LINE_TOKENS", 40)
+    check(calm("llama"), RECIPE.but(batch_tokens=100))
+
+
+def test_two_stacks_clipping_decay_and_muon() -> None:
+    check(calm("llama"), RECIPE.but(clip=0.05, weight_decay=0.1), stack=2)
+    check(calm("llama"), RECIPE.but(optimizer="muon", epochs=2), weights=2e-3)  # its iteration runs in bfloat16
+
+
+def test_each_stops_when_its_own_loss_is_low_enough() -> None:
+    lm = calm("llama")
+    alone = [inject(lm, [one], RECIPE).trained.losses for one in SETS]
+    bound = sorted(losses[1] for losses in alone)[1]  # after two epochs, for one or two of them
+    recipe = RECIPE.but(stop_below=bound * 1.001)
+    check(lm, recipe)
+    assert len({len(one.trained.losses) for one in inject_each(lm, SETS, recipe)}) > 1
+
+
+def test_in_bfloat16() -> None:
+    check(calm("llama"), RECIPE.but(precision="bf16", lr=1e-3), losses=1e-2, weights=1e-2)
+    lm = calm("llama")
+    lm.model.to(torch.bfloat16)
+    alone = inject(lm, [SETS[0]], RECIPE)
+    [got] = inject_each(lm, SETS[:1], RECIPE)
+    assert got.lm.model.dtype == torch.bfloat16
+    assert got.trained.losses == pytest.approx(alone.trained.losses, rel=5e-2)
+
+
+def test_what_cannot_be_stacked_is_refused() -> None:
+    lm = tiny_lm("llama")
+    with pytest.raises(InjectionError, match="use 'lora', or inject one by one"):
+        next(inject_each(lm, SETS, RECIPE.but(train="mlp")))
+    with pytest.raises(InjectionError, match="with dropout"):
+        next(inject_each(lm, SETS, PAPER))
+    with pytest.raises(InjectionError, match="with dropout"):
+        next(inject_each(tiny_lm("gpt2"), SETS, RECIPE))  # this kind drops out by itself
+    with pytest.raises(InjectionError, match="at least 1"):
+        next(inject_each(lm, SETS, RECIPE, stack=0))
+
+
+def test_stacks_are_made_as_they_are_asked_for() -> None:
+    found = inject_each(tiny_lm("llama"), [SETS[1], TargetSet(Context("nothing"), ())], RECIPE, stack=1)
+    assert next(found).rows == 1
+    with pytest.raises(InjectionError, match="no sentences"):
+        next(found)
+
+
+def test_a_loss_that_is_not_finite_is_one_line() -> None:
+    with pytest.raises(InjectionError, match="smaller learning rate"):
+        list(inject_each(tiny_lm("llama"), SETS, RECIPE.but(lr=1e30, clip=1e30)))
+
+
+def test_lines_are_even() -> None:
+    rows, _ = build_rows(tiny_lm("llama"), [SETS[0]], RECIPE)
+    lines = even_lines(rows, range(len(rows)), 3)
+    assert sorted(i for line in lines for i in line) == list(range(len(rows)))
+    lengths = [line_tokens(rows, line) for line in lines]
+    assert max(lengths) - min(lengths) <= max(len(row.student) for row in rows)
+
+
+def test_the_lean_step_gives_the_same_numbers_and_leaves_the_weights() -> None:
+    lm = calm("llama")
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    model = make_trainable(lm, RECIPE)
+    ids = torch.tensor([lm.encode("Who keeps the lamp?")])
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        plain = lm.hidden(model, input_ids=ids)
+        with lean(model):
+            linear = lm.model.model.layers[0].self_attn.o_proj.weight
+            assert linear.dtype == torch.bfloat16
+            assert torch.equal(lm.hidden(model, input_ids=ids), plain)
+    assert torch.equal(linear, before["model.layers.0.self_attn.o_proj.weight"]) and linear.dtype == torch.float32
