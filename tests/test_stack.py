@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -61,7 +63,7 @@ def test_together_equals_one_by_one(kind: str, objective: str) -> None:
 
 
 def test_long_steps_in_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfparam.inject.stack.LINE_TOKENS", 40)
+    monkeypatch.setattr(import_module("selfparam.inject.stack"), "LINE_TOKENS", 40)
     check(calm("llama"), RECIPE.but(batch_tokens=100))
 
 
