@@ -212,7 +212,7 @@ def _step(lm: LM, model: Any, adapters: _Adapters, pupils: Sequence[_Pupil], ste
     states = LM.hidden(model, input_ids=ids, position_ids=positions).flatten(0, 1)
     size = packs[0].ids.numel()
     index = torch.cat([p.index + i * size for i, p in enumerate(packs)])
-    parts = states[index].split([len(p.index) for p in packs])
+    parts = torch.split(states[index], [len(p.index) for p in packs])
     losses = torch.stack([loss_of(h, head, packed, one.targets, teacher)
                           for h, packed, one in zip(parts, packs, pupils, strict=True)])
     losses.sum().backward()  # type: ignore[no-untyped-call]
