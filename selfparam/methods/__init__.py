@@ -15,6 +15,7 @@ from selfparam.methods.bm25 import BM25
 from selfparam.methods.dpr import DPR
 from selfparam.methods.finetune import FineTune
 from selfparam.methods.infllm import InfLLM
+from selfparam.methods.memoryllm import MemoryLLM
 from selfparam.methods.protocol import Method, Reader
 from selfparam.methods.raptor import Raptor
 from selfparam.methods.selfparam import SelfParam
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Any]] = {
     "dpr": DPR,
     "finetune": FineTune,
     "infllm": InfLLM,
+    "memoryllm": MemoryLLM,
     "raptor": Raptor,
     "selfparam": SelfParam,
 }

@@ -1,8 +1,8 @@
 """InfLLM's attention in one layer: initial tokens, blocks that are looked up, and a local window, in one softmax.
 
-`BlockLayer` is a layer of transformers' Cache and `attention` a function of its AttentionInterface, so the model's files
-stay as they are. The model is called with position 0 everywhere; queries and keys arrive un-rotated and are rotated here.
-Blocks lie in host memory; the last ones used also lie where the model is. Refuses to know texts and models.
+`BlockLayer` is a layer of transformers' Cache and `attention` a function of its AttentionInterface: the model's files
+stay as they are. The model is called with position 0 everywhere; queries and keys arrive un-rotated and are rotated
+here. Blocks lie in host memory, the last ones used also where the model is. Refuses to know texts and models.
 Source: InfLLM, arXiv 2402.04617, section 3.
 """
 

@@ -62,8 +62,8 @@ def check(lm: LM) -> None:
     llama_type(lm, "InfLLM")
     rope = lm.text_config.rope_parameters["rope_type"]
     if rope not in _ROPES:
-        raise ModelError(f"InfLLM needs angles proportional to the position, '{lm.name}' has RoPE of the type '{rope}': "
-                         "use another model")
+        raise ModelError(f"InfLLM needs angles proportional to the position, '{lm.name}' has RoPE of the type "
+                         f"'{rope}': use another model")
 
 
 @dataclass(frozen=True)
