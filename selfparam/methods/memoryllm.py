@@ -7,6 +7,7 @@ the update are in pool.py. Source: arXiv 2402.04624; https://huggingface.co/YuWa
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,8 @@ def with_adapters(raw: dict[str, Any]) -> Any:
     """The language model of a published configuration, without weights, with its writing and reading adapters."""
     lora = raw.get("lora_config") or {}
     config = AutoConfig.for_model("llama", **{k: v for k, v in raw.items() if k not in ("model_type", "auto_map")})
-    with quiet(), init_empty_weights(include_buffers=False):
+    with quiet(), warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+        warnings.simplefilter("ignore")  # peft's, about the second adapter
         model = AutoModelForCausalLM.from_config(config)
         for name in (WRITING, READING):
             model.add_adapter(LoraConfig(r=lora.get("r", 16), lora_alpha=lora.get("lora_alpha", 32),
