@@ -229,8 +229,9 @@ def representative(keys: torch.Tensor, scores: torch.Tensor, top: int) -> torch.
 
 
 def on_host(states: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory, pinned where there is an accelerator to copy back to."""
-    return states.clone() if states.device.type == "cpu" else states.cpu().pin_memory()
+    """A copy in host memory, pinned where there is a GPU to copy back to."""
+    host = states.to("cpu", copy=True)
+    return host.pin_memory() if states.is_cuda else host
 
 
 class Blocks(Cache):  # type: ignore[misc]
