@@ -14,6 +14,8 @@ from selfparam.methods.base import Base
 from selfparam.methods.bm25 import BM25
 from selfparam.methods.dpr import DPR
 from selfparam.methods.finetune import FineTune
+from selfparam.methods.infllm import InfLLM
+from selfparam.methods.memoryllm import MemoryLLM
 from selfparam.methods.protocol import Method, Reader, Stacking
 from selfparam.methods.raptor import Raptor
 from selfparam.methods.selfparam import SelfParam
@@ -26,6 +28,8 @@ METHODS: dict[str, type[Any]] = {
     "bm25": BM25,
     "dpr": DPR,
     "finetune": FineTune,
+    "infllm": InfLLM,
+    "memoryllm": MemoryLLM,
     "raptor": Raptor,
     "selfparam": SelfParam,
 }

@@ -1,4 +1,4 @@
-"""The two ways to answer: from memory, or with texts in front of the question.
+"""The ways to answer: from memory, with texts in front of the question, or token by token from a model that is fed.
 
 Refuses to know how texts were chosen. Source: arXiv 2410.00487, section 4.2 (retrieved contexts before the question).
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from selfparam.errors import ModelError
 from selfparam.lm import LM
 from selfparam.types import Question
 
@@ -62,3 +65,25 @@ class Prompted:
 def tokens(lm: LM, texts: Sequence[str]) -> int:
     """𝒮 of kept texts."""
     return sum(len(lm.encode(text)) for text in texts)
+
+
+def greedy(lm: LM, ids: Sequence[int], step: Callable[[Sequence[int]], torch.Tensor]) -> str:
+    """The greedy answer to ids. step: reads ids behind all it has read, and returns the logits [V] of what follows."""
+    found: list[int] = []
+    text, stops = "", lm.stop_ids()
+    token = int(step(ids).argmax())
+    while token not in stops:
+        found.append(token)
+        text = lm.decode(found)
+        if len(found) == ANSWER_TOKENS or (not lm.is_chat and "\n" in text):
+            break
+        token = int(step([token]).argmax())
+    return (text if lm.is_chat else text.split("\n")[0]).strip()
+
+
+def llama_type(lm: LM, who: str) -> None:
+    """Raises ModelError for a model whose layers are not those of Llama and Mistral."""
+    kind = lm.text_config.model_type
+    if kind not in ("llama", "mistral"):
+        raise ModelError(f"{who} works in models of the Llama and Mistral type, '{lm.name}' is of the type '{kind}': "
+                         "use another model")
