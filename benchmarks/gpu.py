@@ -1,9 +1,9 @@
-"""Seconds and GB of an injection into models of 7-8B shapes with random weights: speed does not depend on their values.
+"""Seconds and GB of an injection into models of 7-8B shapes; random weights, as speed does not depend on their values.
 
-    python -m benchmarks.gpu --shapes llama-3-8b mistral-7b embedded --contexts 1 8 100 --out benchmarks/results/gpu.json
+    python -m benchmarks.gpu --shapes llama-3-8b mistral-7b embedded --out benchmarks/results/gpu.json
 
-One command on a machine with a GPU (about 40 GB for the 8B shape); `--shapes tiny` runs anywhere. Texts are random words of the
-fictional worlds, 300 tokens a context, 15 pairs of about 20 tokens and as many unrelated sentences, the paper's LoRA.
+One command on a machine with a GPU; `--shapes tiny` runs anywhere. Texts are random words of the fictional worlds, 300
+tokens a context, 15 pairs of about 20 tokens and as many unrelated sentences, the paper's LoRA.
 Utilisation is the FLOPs that the method needs (flops.py) over seconds, as a share of a measured matrix product's.
 Refuses to know how anything is computed. Source: the models' published configurations
 (https://huggingface.co/meta-llama/Meta-Llama-3-8B, https://huggingface.co/mistralai/Mistral-7B-v0.1: config.json).
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def sets_of(lm: LM, contexts: int) -> list[TargetSet]:
     """300 tokens and 15 pairs a context, and the next context's pairs as its unrelated sentences."""
     sets = random_sets(lm, contexts + 1, 300, 15)
     return [TargetSet(one.context, one.related, tuple(Sentence(s.prompt, s.completion) for s in other.related))
-            for one, other in zip(sets, sets[1:], strict=False)]
+            for one, other in pairwise(sets)]
 
 
 def measure(shape: str, contexts: int, recipe: Recipe, device: torch.device) -> dict[str, Any]:

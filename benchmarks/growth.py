@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--largest", type=float, default=1.0, help="leave out sizes above this share of the largest")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     o = parser.parse_args(argv)
-    sizes = {what: [n for i, n in enumerate(all_) if i < 2 or n <= o.largest * all_[-1]] for what, all_ in SIZES.items()}
+    sizes = {what: [n for n in each if n <= max(each[1], o.largest * each[-1])] for what, each in SIZES.items()}
     found = measure(sizes, o.epochs)
     if o.out:
         o.out.parent.mkdir(parents=True, exist_ok=True)

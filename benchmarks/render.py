@@ -45,7 +45,7 @@ def growth(found: dict[str, Any]) -> str:
 
 def gpu(found: dict[str, Any]) -> str:
     lines = [f"## Shapes of 7-8B models, random weights\n\n{found['device']}, torch {found['torch']}.\n",
-             "| shape | contexts | epochs | seconds a context | teacher, s | training, s | peak GB | utilisation (teacher, training) |",
+             "| shape | contexts | epochs | seconds a context | teacher, s | training, s | GB | utilisation of both |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for one in found["gpu"]:
         lines.append(

@@ -1,4 +1,4 @@
-"""Ways to inject the same target sets: the paper's recipe written plainly, TRL's trainer, ours, ours less one thing each.
+"""Ways to inject the same target sets: the paper's recipe written plainly, TRL's trainer, ours, ours less one thing.
 
 Same model, sentences, epochs and seed in every way; the same order and steps in all but TRL's. "plain": two copies of
 the model, the teacher reads x in front of every sentence again in every epoch, batches are padded, logits are dense.

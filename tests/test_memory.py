@@ -205,7 +205,7 @@ def test_activations_are_computed_twice_only_when_a_row_alone_does_not_fit(monke
     def short_without(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if torch.is_grad_enabled():
-            asked.append(base.is_gradient_checkpointing)
+            asked.append(base.is_activation_checkpointing)
             if not asked[-1]:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return hidden(model, **inputs)
@@ -214,7 +214,7 @@ def test_activations_are_computed_twice_only_when_a_row_alone_does_not_fit(monke
     done = inject(tiny_lm(), SETS, RECIPE)
     assert asked.count(False) >= 2 and asked == sorted(asked)
     assert close(expected[0], done.lm.model.state_dict())
-    assert not done.lm.model.is_gradient_checkpointing
+    assert not done.lm.model.is_activation_checkpointing
 
 
 def test_when_nothing_helps_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,8 @@ def inject(
             targets = _next_words(student, rows)
         taught = time.perf_counter()
         model = make_trainable(student, recipe)
+        if accelerator:  # equal weights, different dropout
+            torch.manual_seed(recipe.seed + accelerator.process_index)
         trained = train(student, model, rows, targets, recipe, progress, checkpoints, accelerator)
         done = time.perf_counter()
     adapter = _adapter_of(model) if keep_adapter and recipe.train == "lora" else None

@@ -84,14 +84,14 @@ class Micro:
             undo()
             if alone:
                 self.tokens, self.recompute = 0, True
-                self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             else:
                 self.tokens = max(sum(sizes[part]) for part in parts) // 2
 
     def end(self) -> None:
         """The model as it was."""
         if self.recompute:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_disable()
 
 
 class Kept:

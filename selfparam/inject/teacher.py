@@ -80,7 +80,7 @@ def teacher_targets(
             if fits(partial(score, prefix, part), last=len(part) == 1):
                 waiting = waiting[len(part) :]
             else:
-                limit //= 2
+                limit = len(part) * _cost(rows[part[-1]], len(prefixes[prefix])) // 2
         done += len(members)
         if progress:
             progress(min(turns * done, len(rows)), len(rows))
@@ -104,9 +104,14 @@ def as_target(tensors: Tensors, head: Head) -> Target:
 def _first(waiting: Sequence[int], rows: Sequence[Row], prefix: int, limit: int) -> list[int]:
     """The first of `waiting` (by rising length) that are scored together, all on the prefix's cache: at least one."""
     n = 1
-    while n < len(waiting) and (n + 1) * (len(rows[waiting[n]].s) + prefix // 4) <= limit:
+    while n < len(waiting) and (n + 1) * _cost(rows[waiting[n]], prefix) <= limit:
         n += 1
     return list(waiting[:n])
+
+
+def _cost(row: Row, prefix: int) -> int:
+    """What a sentence takes, in tokens: its own, and its copy of the prefix's keys and values, which are smaller."""
+    return len(row.s) + prefix // 4
 
 
 def _on_prefix(lm: LM, prefix: list[int], sentences: list[tuple[int, ...]]) -> torch.Tensor:
