@@ -65,7 +65,8 @@ def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "aut
 def choose_recipe(lm: LM, name: str, **changes: Any) -> Recipe:
     """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out."""
     auto = SMALL if lm.parameters < FEW_PARAMETERS else PAPER
-    return {"paper": PAPER, "fast": FAST, "small": SMALL, "auto": auto}[name].but(**{key: value for key, value in changes.items() if value is not None})
+    return {"paper": PAPER, "fast": FAST, "small": SMALL, "auto": auto}[name].but(
+        **{key: value for key, value in changes.items() if value is not None})
 
 
 # --- contexts -> target sets -----------------------------------------------------------------------------------------

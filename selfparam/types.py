@@ -128,9 +128,9 @@ PAPER = Recipe()
 PAPER_SEQUENTIAL = PAPER.but(epochs=20)
 #: Conversational recommendation (A.2): one epoch.
 PAPER_RECOMMEND = PAPER.but(epochs=1)
-#: For 3-8B models, in fewer steps; not measured by us. LoRA's learning rate ten times the full model's (Schulman et al.,
-#: "LoRA Without Regret", https://thinkingmachines.ai/blog/lora, alpha 32), which is 2e-4, constant, as QLoRA used it for
-#: 7B and 13B (arXiv 2305.14314); rank and dropout are ours. It ends when held-out pairs no longer improve.
+#: For 3-8B models, in fewer steps; not measured by us. LoRA's learning rate is ten times the full model's (Schulman et
+#: al., "LoRA Without Regret", https://thinkingmachines.ai/blog/lora; alpha 32): 2e-4, constant, as in QLoRA for 7B and
+#: 13B (arXiv 2305.14314). Rank and dropout are ours. It ends when held-out pairs no longer improve.
 FAST = PAPER.but(epochs=20, lr=2e-4, lora_rank=32, lora_dropout=0.0, held_out=0.1)
 #: For models of tens of millions of parameters, found by measurement on the embedded model (docs/LOG.md).
 SMALL = Recipe(

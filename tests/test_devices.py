@@ -40,8 +40,8 @@ def test_two_processes_equal_one(tmp_path: Path, changes: dict[str, object]) -> 
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
-        "--main_process_port", "0", str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "sets.jsonl"), str(tmp_path / "out"), "--recipe",
-        json.dumps({**CHANGES, **changes}),
+        "--main_process_port", "0", str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "sets.jsonl"),
+        str(tmp_path / "out"), "--recipe", json.dumps({**CHANGES, **changes}),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent.parent)
     assert done.returncode == 0, done.stderr
