@@ -2,6 +2,7 @@
 
     selfparam targets MODEL notes.txt --out sets.jsonl
     accelerate launch --num_processes 2 several_devices.py MODEL sets.jsonl OUT
+    torchrun --nproc_per_node 2 several_devices.py MODEL sets.jsonl OUT          # CPU processes
 
 The model must fit one device. Losses and weights are those of one process to float tolerance; only the main process
 writes. Refuses to know how the work is divided. Source: SELF-PARAM, arXiv 2410.00487, Eq. 2; accelerate does the work.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,12 +39,12 @@ def test_two_processes_equal_one(tmp_path: Path, changes: dict[str, object]) -> 
     write_sets(tmp_path / "sets.jsonl", sets())
     one = inject(lm, sets(), PAPER.but(**CHANGES, **changes))
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
-        "--main_process_port", "0", str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "sets.jsonl"),
-        str(tmp_path / "out"), "--recipe", json.dumps({**CHANGES, **changes}),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT),
+        str(tmp_path / "model"), str(tmp_path / "sets.jsonl"), str(tmp_path / "out"),
+        "--recipe", json.dumps({**CHANGES, **changes}),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent.parent)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent.parent, env=environment)
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(said) == 1 and said[0]["processes"] == 2  # only the main process speaks
