@@ -46,22 +46,25 @@ def main(argv: list[str] | None = None) -> None:
     lm, recipe = LM.load(), SMALL.but(epochs=o.epochs)
     sets, _ = target_sets(lm, o.contexts)
     rows, prefixes = build_rows(lm, sets, recipe)
-    after = inject(lm, sets, recipe).lm
     with precision(lm, recipe):
-        print("| k | bytes a token | KL before | lost: mean, largest | KL after | lost | exact KL after training on it |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
-        for k in (0, *TOP):
-            with Kept(lm.device) as kept:
-                tensors = teacher_targets(lm, rows, prefixes, kept, k)
-            target = as_target(tensors, head_of(lm))
-            size = sum(t[:1].nbytes for t in tensors.values())
-            now, then = (losses(student, rows, target) for student in (lm, after))
-            trained = losses(inject(lm, sets, recipe.but(top_k=k)).lm if k else after, rows, exact if k else target)
-            if not k:
-                exact, now_exact, then_exact = target, now, then
-            print(f"| {k or 'exact'} | {size} | {now.mean():.4f} | {(now_exact - now).mean():.2e}, "
-                  f"{(now_exact - now).max():.2e} | {then.mean():.4f} | {(then_exact - then).mean():.2e} | "
-                  f"{trained.mean():.4f} |", flush=True)
+        kept = {k: _targets(lm, rows, prefixes, k) for k in (0, *TOP)}
+        after = {k: inject(lm, sets, recipe.but(top_k=k)).lm for k in kept}
+        exact = {when: losses(student, rows, kept[0][0]) for when, student in (("before", lm), ("after", after[0]))}
+        print("| k | bytes a token | KL before | lost: mean, largest | KL after | lost | exact KL when trained on it |",
+              "| --- | --- | --- | --- | --- | --- | --- |", sep="\n")
+        for k, (target, size) in kept.items():
+            now, then = losses(lm, rows, target), losses(after[0], rows, target)
+            gone = exact["before"] - now
+            left = losses(after[k], rows, kept[0][0]).mean()
+            print(f"| {k or 'exact'} | {size} | {now.mean():.4f} | {gone.mean():.2e}, {gone.max():.2e} | "
+                  f"{then.mean():.4f} | {(exact['after'] - then).mean():.2e} | {left:.4f} |", flush=True)
+
+
+def _targets(lm: LM, rows: Sequence[Row], prefixes: Sequence[Sequence[int]], k: int) -> tuple[Target, int]:
+    """The teacher's targets and their bytes a token."""
+    with Kept(lm.device) as kept:
+        tensors = teacher_targets(lm, rows, prefixes, kept, k)
+    return as_target(tensors, head_of(lm)), sum(t[:1].nbytes for t in tensors.values())
 
 
 if __name__ == "__main__":
