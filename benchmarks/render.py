@@ -71,8 +71,8 @@ def figures(results: dict[str, Any], docs: Path) -> None:
         figure.savefig(docs / "performance.svg", bbox_inches="tight", metadata={"Date": None})
     if "growth" in results:
         found = results["growth"]["growth"]
-        figure, each = plt.subplots(1, len(found), figsize=(4 * len(found), 3))
-        for axes, (what, one) in zip(each, found.items(), strict=True):
+        figure, each = plt.subplots(1, len(found), figsize=(4 * len(found), 3), squeeze=False)
+        for axes, (what, one) in zip(each[0], found.items(), strict=True):
             for phase in ("teacher", "training"):
                 axes.loglog([p["size"] for p in one["points"]], [p[phase] for p in one["points"]], "o-", label=phase)
             axes.set_xlabel({"length": "tokens of a context"}.get(what, what))
