@@ -98,7 +98,7 @@ def trl(lm: LM, sets: Sets, recipe: Recipe) -> Done:
             return prompt_ids, self.given
 
         def _tokenize_prompts(self, prompts: list[str]) -> list[list[int]]:
-            return [json.loads(ids) for ids in prompts]
+            return [json.loads(ids.split("|")[0]) for ids in prompts]  # the teacher's, without the student's behind it
 
     losses: list[float] = []
 
@@ -118,7 +118,7 @@ def trl(lm: LM, sets: Sets, recipe: Recipe) -> Done:
         config = SDFTConfig(
             output_dir=folder, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="epoch",
             distillation_mode="full_logits", distillation_alpha=0.0, teacher_model_kind="base",
-            teacher_prompt_template="{privileged_context}", temperature=1.0, num_generations=1,
+            teacher_prompt_template="{privileged_context}|{prompt}", temperature=1.0, num_generations=1,
             num_train_epochs=recipe.epochs, per_device_train_batch_size=max(1, -(-len(rows) // steps)),
             gradient_accumulation_steps=1, steps_per_generation=1, gradient_checkpointing=False,
             learning_rate=recipe.lr, lr_scheduler_type=recipe.schedule, warmup_steps=recipe.warmup,

@@ -128,9 +128,9 @@ class _Student:
             self.micro.run([len(self.rows[i].student) for i in mine], part_of, undo)
 
     def _sum(self, losses: Sequence[float]) -> float:
-        if not self.accelerator:
-            return sum(losses)
-        return float(self.accelerator.reduce(torch.tensor(sum(losses), device=self.lm.device), "sum"))
+        total = float(sum(losses))
+        return float(self.accelerator.reduce(torch.tensor(total, device=self.lm.device), "sum")
+                     ) if self.accelerator else total
 
 
 def train(
