@@ -16,7 +16,7 @@ from selfparam.inject import inject, loop, teacher
 from selfparam.inject.checkpoint import Checkpoints
 from selfparam.inject.memory import Kept, Micro
 from selfparam.inject.objective import Compact, Exact, Head, loss_of, loss_of_tokens
-from selfparam.inject.pairs import build_rows
+from selfparam.inject.pairs import build_rows, offsets, pack
 from selfparam.inject.teacher import teacher_states, teacher_targets
 from selfparam.types import PAPER, Context, Recipe, Sentence, TargetSet
 from tests.tiny import tiny_lm
@@ -238,6 +238,18 @@ def test_the_teacher_scores_fewer_sentences_together(monkeypatch: pytest.MonkeyP
     tried = short_of(70, monkeypatch, teacher)
     assert torch.allclose(teacher_states(lm, rows, prefixes), expected, atol=1e-5)
     assert max(tried) > 70
+
+
+def test_flash_attention_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm()
+    rows, _ = build_rows(lm, SETS, RECIPE)
+    total = sum(len(r.student) for r in rows)
+    monkeypatch.setattr(loop, "LINE_TOKENS", 1)
+    assert loop.line_width(lm, rows) < total
+    monkeypatch.setattr(type(lm.model.config), "_attn_implementation", "flash_attention_2")
+    packed = pack(rows, range(len(rows)), offsets(rows), loop.line_width(lm, rows), 0)
+    assert packed.ids.shape == (1, total)
+    assert int((packed.position_ids == 0).sum()) == len(rows)
 
 
 # --- held out --------------------------------------------------------------------------------------------------------

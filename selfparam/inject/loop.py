@@ -65,6 +65,16 @@ def done_early(held_out: Sequence[float], patience: int) -> bool:
     return len(held_out) > patience and min(held_out[-patience:]) >= min(held_out[:-patience])
 
 
+def line_width(lm: LM, rows: Sequence[Row]) -> int:
+    """Tokens of a packed line. Flash attention tells packed rows apart only in a batch of one: there all go into one.
+
+    Masks that are spelled out grow with the square of a line, so lines are short elsewhere.
+    """
+    sizes = [len(r.student) for r in rows]
+    flash = "flash" in (lm.text_config._attn_implementation or "")
+    return sum(sizes) if flash else max(LINE_TOKENS, *sizes)
+
+
 @dataclass
 class _Student:
     """What is trained, and its rows and their targets. Only this process's share of the rows is run here."""
@@ -79,7 +89,7 @@ class _Student:
         linear = self.lm.model.get_output_embeddings()
         self.head = Head(linear.weight, getattr(linear, "bias", None), self.lm.softcap)
         self.starts, self.micro = offsets(self.rows), Micro(self.lm.model)
-        self.width = max(LINE_TOKENS, *(len(r.student) for r in self.rows))
+        self.width = line_width(self.lm, self.rows)
 
     def learn(self, chosen: Sequence[int]) -> tuple[float, float]:
         """Add the gradient of the mean loss (weighted) of the chosen rows; that loss in nats per token, its weight."""
