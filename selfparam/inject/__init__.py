@@ -99,7 +99,7 @@ def inject(
                     teacher or student, rows, prefixes, kept, recipe.top_k, teacher_progress, accelerator)
 
             tensors = kept.placed(checkpoints.teacher(read) if checkpoints else read())
-            targets = as_target(tensors, head_of(teacher or student).frozen(copy=recipe.train == "full"))
+            targets = as_target(tensors, head_of(teacher or student), copy=recipe.train == "full")
         else:
             targets = _next_words(student, rows)
         taught = time.perf_counter()

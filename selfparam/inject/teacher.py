@@ -96,9 +96,9 @@ def teacher_states(
         return teacher_targets(lm, rows, prefixes, kept, progress=progress)["states"]
 
 
-def as_target(tensors: Tensors, head: Head) -> Target:
-    """What `teacher_targets` kept, as what a student is trained against."""
-    return Exact(tensors["states"], head) if "states" in tensors else Compact(**tensors)
+def as_target(tensors: Tensors, head: Head, copy: bool = False) -> Target:
+    """What `teacher_targets` kept, as what a student is trained against. copy: of the head, where it will be trained."""
+    return Exact(tensors["states"], head.frozen(copy)) if "states" in tensors else Compact(**tensors)
 
 
 def _first(waiting: Sequence[int], rows: Sequence[Row], prefix: int, limit: int) -> list[int]:
