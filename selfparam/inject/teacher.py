@@ -97,7 +97,7 @@ def teacher_states(
 
 
 def as_target(tensors: Tensors, head: Head, copy: bool = False) -> Target:
-    """What `teacher_targets` kept, as what a student is trained against. copy: of the head, where it will be trained."""
+    """What `teacher_targets` kept, as what a student is trained against. copy: of the head, which will be trained."""
     return Exact(tensors["states"], head.frozen(copy)) if "states" in tensors else Compact(**tensors)
 
 
