@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     lm, recipe = LM.load(), SMALL.but(epochs=o.epochs)
     sets, _ = target_sets(lm, o.contexts)
     rows, prefixes = build_rows(lm, sets, recipe)
+    after = {k: inject(lm, sets, recipe.but(top_k=k)).lm for k in (0, *TOP)}
     with precision(lm, recipe):
-        kept = {k: _targets(lm, rows, prefixes, k) for k in (0, *TOP)}
-        after = {k: inject(lm, sets, recipe.but(top_k=k)).lm for k in kept}
+        kept = {k: _targets(lm, rows, prefixes, k) for k in after}
         exact = {when: losses(student, rows, kept[0][0]) for when, student in (("before", lm), ("after", after[0]))}
         print("| k | bytes a token | KL before | lost: mean, largest | KL after | lost | exact KL when trained on it |",
               "| --- | --- | --- | --- | --- | --- | --- |", sep="\n")
