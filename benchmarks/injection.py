@@ -94,20 +94,23 @@ def machine(model: str) -> dict[str, Any]:
     }
 
 
-def measure(model: str, contexts: int, epochs: int, rounds: int, names: list[str]) -> dict[str, Any]:
-    """Every way in every round, each in its own process. Raises CalledProcessError where one fails."""
-    found: dict[str, Any] = {name: {"seconds": []} for name in names}
+def measure(model: str, contexts: int, epochs: int, rounds: int, names: list[str], out: Path | None) -> dict[str, Any]:
+    """Every way in every round, each in its own process; written after each. CalledProcessError where one fails."""
+    rows: dict[str, Any] = {}
+    found = {"rows": rows, "contexts": contexts, "epochs": epochs, "model": model, "machine": machine(model)}
     for turn in range(rounds):
         for name in names:
             spec = {"way": name, "model": model, "contexts": contexts, "epochs": epochs, "score": turn == 0}
             command = [sys.executable, "-m", "benchmarks.injection", "--one", json.dumps(spec)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             one = json.loads(done.stdout.splitlines()[-1])
-            found[name]["seconds"].append(one.pop("seconds"))
-            if turn == 0:
-                found[name] |= one
-            print(f"{name}: {found[name]['seconds'][-1]:.1f} s, loss {found[name]['loss']}", flush=True)
-    return {"rows": found, "contexts": contexts, "epochs": epochs, "model": model, "machine": machine(model)}
+            seconds = one.pop("seconds")
+            rows.setdefault(name, one | {"seconds": []})["seconds"].append(seconds)
+            print(f"{name}: {seconds:.1f} s, loss {one['loss']}", flush=True)
+            if out:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def table(found: dict[str, Any]) -> str:
@@ -141,11 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(run_one(spec["way"], spec["model"], spec["contexts"], recipe, spec["score"])))
         return
     names = ["ours", *(n for n in WAYS if n != "ours" and (o.only is None or n in o.only))]
-    found = measure(o.model, o.contexts, o.epochs, o.rounds, names)
+    found = measure(o.model, o.contexts, o.epochs, o.rounds, names, o.out)
     print(f"\n{table(found)}")
-    if o.out:
-        o.out.parent.mkdir(parents=True, exist_ok=True)
-        o.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
