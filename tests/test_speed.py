@@ -100,8 +100,8 @@ def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [found] = json.loads((results / "gpu.json").read_text())["gpu"]
     assert found["rows"] == 30 and found["seconds_training"] > 0 and found["utilisation_training"] > 0
     assert render.render(results, docs).count("not measured yet") == 2
-    row = {"seconds": [1.0, 3.0, 2.0], "loss": 0.1, "peak_mb": 10.0, "start_mb": 5.0, "tokens": 100, "flops": 1e9,
-           "f1": [0.5, 0.7], "sentences": 4, "tokens_per_context": 300.0}
+    row = {"seconds": [1.0, 3.0, 2.0], "cpu": 4.0, "loss": 0.1, "peak_mb": 10.0, "start_mb": 5.0, "tokens": 100,
+           "flops": 1e9, "f1": [0.5, 0.7], "sentences": 4, "tokens_per_context": 300.0}
     machine = {"device": "cpu", "processor": "x", "threads": 1, "torch": "2", "ours": "float32", "ceiling": 1e9}
     (results / "injection.json").write_text(json.dumps({
         "rows": {"ours": row, "plain": row | {"seconds": [20.0, 30.0, 40.0]}}, "contexts": 2, "epochs": 1,
@@ -110,7 +110,7 @@ def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (results / "growth.json").write_text(json.dumps({
         "growth": {"contexts": {"points": points, "exponent": {"teacher": 1.0, "training": 1.0}}}, "epochs": 1}))
     text = render.render(results, docs)
-    assert "| plain | 30.0 | 15.00 | 3 | 3.3% |" in text and "| contexts | 10, 20 | 1.0, 2.0 |" in text
+    assert "| plain | 30.0 | 15.00 | 4.0 | 3 | 3.3% |" in text and "| contexts | 10, 20 | 1.0, 2.0 |" in text
     assert "not measured yet" not in text and "| tiny | 1 | 1 |" in text
     assert (docs / "performance.md").read_text("utf-8") == text
     assert {p.name for p in docs.iterdir()} == {"performance.md", "performance.svg", "growth.svg"}
