@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 unexport OMP_NUM_THREADS
-CONTEXTS ?= 6
+CONTEXTS ?= 5
 EPOCHS ?= 4
 ROUNDS ?= 1
 RESULTS := benchmarks/results

@@ -34,12 +34,12 @@ from selfparam.steps import peak_memory_mb
 from selfparam.targets.unrelated import add_unrelated
 from selfparam.types import SMALL, Context, Question, Recipe, Sentence, TargetSet
 
-PER_CONTEXT = 2  # world subjects in one context: about 300 tokens
+PER_CONTEXT = 3  # world subjects in one context: about 300 tokens
 SAMPLES = 2000  # of the bootstrap
 
 
 def target_sets(lm: LM, contexts: int) -> tuple[list[TargetSet], list[list[Question]]]:
-    """Contexts of two subjects each with the generator's own pairs, as many unrelated ones; questions of each."""
+    """Contexts of some subjects each with the generator's own pairs, as many unrelated ones; questions of each."""
     items = worlds.held_out(contexts * PER_CONTEXT, seed=7)
     sets, questions = [], []
     for at in range(0, len(items), PER_CONTEXT):
