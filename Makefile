@@ -5,6 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 unexport OMP_NUM_THREADS
+CONTEXTS ?= 5
+EPOCHS ?= 4
+ROUNDS ?= 1
+RESULTS := benchmarks/results
 
 .PHONY: demo test lint bench clean
 
@@ -19,8 +23,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 
+# make bench CONTEXTS=100 EPOCHS=12 ROUNDS=3 for more; the GPU part is: .venv/bin/python -m benchmarks.gpu
 bench: $(READY)
-	$(BIN)/python benchmarks/injection.py
+	@$(PIP) -e '.[bench]'
+	$(BIN)/python -m benchmarks.injection --contexts $(CONTEXTS) --epochs $(EPOCHS) --rounds $(ROUNDS) --out $(RESULTS)/injection.json
+	$(BIN)/python -m benchmarks.growth --out $(RESULTS)/growth.json
+	$(BIN)/python -m benchmarks.render
 
 # torch first and alone: where a CPU build of the pinned release lies on disk, pip takes that one.
 $(READY): pyproject.toml constraints.txt

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfparam.errors import SelfParamError
 from selfparam.types import (
+    FAST,
     PAPER,
     PAPER_RECOMMEND,
     PAPER_SEQUENTIAL,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: RUF022 (plain alphabetical order)
     "Context",
+    "FAST",
     "LM",
     "LocalAuthor",
     "PAPER",

@@ -39,7 +39,7 @@ from selfparam.targets import (
 )
 from selfparam.targets.files import numbered_lines, text_of
 from selfparam.targets.unrelated import NEIGHBOUR_SHARE, RATIO, add_unrelated, packaged
-from selfparam.types import PAPER, SMALL, Context, Question, Recipe, Sentence, TargetSet
+from selfparam.types import FAST, PAPER, SMALL, Context, Question, Recipe, Sentence, TargetSet
 
 #: Models below this number of parameters are trained with SMALL where the recipe is "auto".
 FEW_PARAMETERS = 200e6
@@ -63,9 +63,10 @@ def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "aut
 
 
 def choose_recipe(lm: LM, name: str, **changes: Any) -> Recipe:
-    """"paper", "small", or "auto": by the model's size. Changes that are None are left out."""
-    small = name == "small" or (name == "auto" and lm.parameters < FEW_PARAMETERS)
-    return (SMALL if small else PAPER).but(**{key: value for key, value in changes.items() if value is not None})
+    """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out."""
+    auto = SMALL if lm.parameters < FEW_PARAMETERS else PAPER
+    return {"paper": PAPER, "fast": FAST, "small": SMALL, "auto": auto}[name].but(
+        **{key: value for key, value in changes.items() if value is not None})
 
 
 # --- contexts -> target sets -----------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_stopped_at_every_step_in_turn(tmp_path: Path) -> None:
 def test_the_teacher_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoppedError):
         trained(RECIPE, StopsAt(tmp_path, 2))
-    monkeypatch.setattr(sys.modules["selfparam.inject"], "teacher_states", None)  # calling it would fail
+    monkeypatch.setattr(sys.modules["selfparam.inject"], "teacher_targets", None)  # calling it would fail
     trained(RECIPE, Checkpoints(tmp_path))
 
 

@@ -143,8 +143,8 @@ def inject(
     prompt: Prompt = None,
     unrelated: Unrelated = "self",
     ratio: Ratio = None,
-    recipe: Annotated[Literal["auto", "paper", "small"], typer.Option(
-        help="Training settings; auto: by the model's size.")] = "auto",
+    recipe: Annotated[Literal["auto", "paper", "fast", "small"], typer.Option(
+        help="Training settings; auto: small or paper, by the model's size; fast: fewer steps, 3-8B models.")] = "auto",
     train: Annotated[Train | None, typer.Option(help="Weights to train; LoRA is merged afterwards.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, instead of the recipe's.")] = None,
     lr: Annotated[float | None, typer.Option(min=0.0, help="Learning rate, instead of the recipe's.")] = None,

@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from selfparam.errors import VerificationError
+from selfparam.errors import InjectionError, VerificationError
 from selfparam.inject.checkpoint import Checkpoints
 from selfparam.inject.loop import EpochProgress, Trained, train
-from selfparam.inject.objective import kl_tokens
+from selfparam.inject.memory import CACHE_BYTES, Kept, Tensors
+from selfparam.inject.objective import Target, Words, kl_tokens
 from selfparam.inject.pairs import Row, build_rows, pack
-from selfparam.inject.teacher import check_head, head_of, teacher_states
+from selfparam.inject.teacher import as_target, check_head, head_of, teacher_targets
 from selfparam.inject.trainable import lean, make_trainable
 from selfparam.lm import LM
 from selfparam.types import Recipe, TargetSet
@@ -64,36 +66,48 @@ def inject(
     in_place: bool = False,
     keep_adapter: bool = False,
     checkpoints: Checkpoints | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    accelerator: Accelerator | None = None,
 ) -> Injection:
     """Write the contexts of the target sets into the weights.
 
     lm stays as it is unless in_place (saves one copy of the weights). teacher: another θ to read x than lm itself (in a
-    sequence of injections, the first one). checkpoints: where to save and continue.
-    Raises InjectionError (nothing to train on, a row beyond the window, a loss that is not finite), StoppedError
-    (`checkpoints` was told to stop) and VerificationError (merged weights disagree with the trained ones).
+    sequence of injections, the first one). checkpoints: where to save and continue. cache_bytes: the teacher's targets
+    may take so much memory (the device's, where there is one); more goes to a file under TMPDIR. accelerator: share the
+    work among its processes, which all call this with the same arguments and get the same θ'.
+    Raises InjectionError (nothing to train on, a row beyond the window, a loss that is not finite, memory too short),
+    StoppedError (`checkpoints` was told to stop), OutputError (that file cannot be written) and VerificationError
+    (merged weights disagree with the trained ones).
     """
+    if accelerator and checkpoints:
+        raise InjectionError("checkpoints are for one process: leave them out with several")
     check_head(lm)
     rows, prefixes = build_rows(lm, target_sets, recipe)
     student = lm if in_place else replace(lm, model=copy.deepcopy(lm.model))
     cuda = [student.device] if student.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), precision(student, recipe):
+    kept = Kept(student.device, cache_bytes)
+    with torch.random.fork_rng(devices=cuda), precision(student, recipe), kept:
         torch.manual_seed(recipe.seed)
         begin = time.perf_counter()
         if checkpoints:
             checkpoints.about(student.model, rows, recipe)
+        targets: Target
         if recipe.objective == "kl":
 
-            def read() -> torch.Tensor:
-                return teacher_states(teacher or student, rows, prefixes, teacher_progress)
+            def read() -> Tensors:
+                return teacher_targets(
+                    teacher or student, rows, prefixes, kept, recipe.top_k, teacher_progress, accelerator)
 
-            targets = checkpoints.teacher(read, student.device) if checkpoints else read()
-            head = head_of(teacher or student).frozen(copy=recipe.train == "full")
+            tensors = kept.placed(checkpoints.teacher(read) if checkpoints else read())
+            targets = as_target(tensors, head_of(teacher or student), copy=recipe.train == "full")
         else:
-            targets, head = token_targets(student, rows), None
+            targets = next_words(student, rows)
         taught = time.perf_counter()
         model = make_trainable(student, recipe)
+        if accelerator:  # equal weights, different dropout
+            torch.manual_seed(recipe.seed + accelerator.process_index)
         with lean(model):
-            trained = train(student, model, rows, targets, head, recipe, progress, checkpoints)
+            trained = train(student, model, rows, targets, recipe, progress, checkpoints, accelerator)
         done = time.perf_counter()
     adapter = _adapter_of(model) if keep_adapter and recipe.train == "lora" else None
     merge_error = merge(student, model, rows) if recipe.train == "lora" else 0.0
@@ -102,9 +116,9 @@ def inject(
     return Injection(student, trained, len(rows), taught - begin, done - taught, merge_error, adapter)
 
 
-def token_targets(lm: LM, rows: Sequence[Row]) -> torch.Tensor:
-    """What next-word prediction is trained on: the ids [Σ scored] of all scored tokens."""
-    return torch.tensor([i for r in rows for i in r.student[r.first :]], device=lm.device)
+def next_words(lm: LM, rows: Sequence[Row]) -> Words:
+    """What next-word prediction is trained on: the ids of all scored tokens."""
+    return Words(torch.tensor([i for r in rows for i in r.student[r.first :]], device=lm.device))
 
 
 def _adapter_of(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:

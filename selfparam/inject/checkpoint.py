@@ -1,6 +1,6 @@
 """Checkpoints of an injection in progress: written at an interval and on request, so that it can be continued.
 
-    teacher.safetensors, teacher.json      the teacher's states, written once
+    teacher.safetensors, teacher.json      the teacher's targets, written once
     step-00000012.safetensors              trained weights, optimiser states, torch's random states
     step-00000012.json                     position, order of rows, losses, hash of the file above; written last
 
@@ -44,6 +44,7 @@ class Position:
     total: float = 0.0
     scored: float = 0.0
     losses: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
     order: Any = None
 
     def begin_epoch(self, epoch: int, rng: random.Random) -> None:
@@ -82,16 +83,16 @@ class Checkpoints:
             some.append(flat[:: max(1, flat.numel() // 16)].float().tolist())
         self._about = content_hash(repr(some), repr(rows), repr(recipe))
 
-    def teacher(self, make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-        """The teacher's states [Σ scored, d], from the checkpoint where they are sound, else made and kept."""
+    def teacher(self, make: Callable[[], Tensors]) -> Tensors:
+        """The teacher's targets, from the checkpoint where they are sound (mapped, not read), else made and kept."""
         place, says = self.folder / "teacher.safetensors", self.folder / "teacher.json"
         try:
-            return self._read(says)[1]["states"].to(device)
+            return self._read(says)[1]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             pass  # not there yet, or damaged: it is made again, the same
-        states = make()
-        self._try(lambda: self._put({"states": states}, place, says, {"about": self._about}))
-        return states
+        made = make()
+        self._try(lambda: self._put(made, place, says, {"about": self._about}))
+        return made
 
     # --- the loop's three calls ---------------------------------------------------------------------------------
 

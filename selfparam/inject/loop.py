@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from selfparam.errors import InjectionError
 from selfparam.inject.checkpoint import Checkpoints, Position
-from selfparam.inject.objective import Head, kl, next_word
+from selfparam.inject.memory import Micro
+from selfparam.inject.objective import Target, loss_of, loss_of_tokens
 from selfparam.inject.pairs import Pack, Row, epoch_steps, offsets, pack
 from selfparam.inject.teacher import head_of
 from selfparam.inject.trainable import apply, make_optimizers
@@ -29,11 +31,15 @@ EpochProgress = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """What the loop reports: nats per token of every epoch, optimiser steps, student tokens seen."""
+    """What the loop reports: nats per token of every epoch, optimiser steps, student tokens seen.
+
+    held_out: nats per token of the sentences that were not trained on, after every epoch (empty without them).
+    """
 
     losses: tuple[float, ...]
     steps: int
     tokens: int
+    held_out: tuple[float, ...] = ()
 
 
 def factor(step: int, steps: int, recipe: Recipe) -> float:
@@ -47,22 +53,95 @@ def factor(step: int, steps: int, recipe: Recipe) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1.0
 
 
-def step_loss(
-    model: Any, head: Head, packed: Pack, targets: torch.Tensor, teacher: Head | None
-) -> torch.Tensor:
-    """Mean loss of one packed step in nats per scored token (weighted)."""
-    states = LM.hidden(model, input_ids=packed.ids, position_ids=packed.position_ids)
-    return loss_of(states.flatten(0, 1)[packed.index], head, packed, targets, teacher)
+def divided(rows: Sequence[Row], recipe: Recipe) -> tuple[list[int], list[int]]:
+    """Which rows are trained on and which are held out: a random share of the related ones, never all of them."""
+    related = [i for i, row in enumerate(rows) if row.related]
+    count = min(len(related) - 1, math.ceil(recipe.held_out * len(related)))
+    out = set(random.Random(recipe.seed).sample(related, count)) if count > 0 else set()
+    return [i for i in range(len(rows)) if i not in out], sorted(out)
 
 
-def loss_of(
-    h: torch.Tensor, head: Head, packed: Pack, targets: torch.Tensor, teacher: Head | None
-) -> torch.Tensor:
-    """Mean loss (weighted) in nats per scored token of a pack, whose states h [N, d] predict these tokens."""
-    w = packed.weight / packed.weight.sum()
-    if teacher is None:
-        return next_word(h, head, targets[packed.source], w)
-    return kl(h, head, targets[packed.source], teacher, w)
+def done_early(held_out: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` epochs brought nothing lower than what was there before them."""
+    return len(held_out) > patience and min(held_out[-patience:]) >= min(held_out[:-patience])
+
+
+def line_width(lm: LM, rows: Sequence[Row]) -> int:
+    """Tokens of a packed line. Flash attention tells packed rows apart only in a batch of one: there all go into one.
+
+    Masks that are spelled out grow with the square of a line, so lines are short elsewhere.
+    """
+    sizes = [len(r.student) for r in rows]
+    flash = "flash" in (lm.text_config._attn_implementation or "")
+    return sum(sizes) if flash else max(LINE_TOKENS, *sizes)
+
+
+@dataclass
+class _Student:
+    """What is trained, and its rows and their targets. Only this process's share of the rows is run here."""
+
+    lm: LM
+    model: Any
+    rows: Sequence[Row]
+    targets: Target
+    accelerator: Accelerator | None
+
+    def __post_init__(self) -> None:
+        head = head_of(self.lm)
+        self.head = head if head.weight.requires_grad else head.frozen(copy=False)
+        self.starts, self.micro = offsets(self.rows), Micro(self.lm.model)
+        self.width = line_width(self.lm, self.rows)
+
+    def learn(self, chosen: Sequence[int]) -> tuple[float, float]:
+        """Add the gradient of the mean loss (weighted) of the chosen rows; that loss in nats per token, its weight."""
+        total = sum(self.rows[i].weight * self.rows[i].scored for i in chosen)
+        losses: list[float] = []
+
+        def one(packed: Pack, h: torch.Tensor) -> None:
+            loss = loss_of(h, self.head, self.targets.at(packed.source), packed.weight / total)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(float(loss.detach()))
+
+        def undo() -> None:
+            losses.clear()
+            self.model.zero_grad(set_to_none=True)
+
+        self._run(chosen, one, undo)
+        if self.accelerator:
+            for p in self.model.parameters():
+                if p.requires_grad:
+                    p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+        return self._sum(losses), total
+
+    @torch.no_grad()
+    def measure(self, chosen: Sequence[int]) -> float:
+        """Mean loss of the chosen rows in nats per token, without dropout."""
+        losses: list[float] = []
+
+        def one(packed: Pack, h: torch.Tensor) -> None:
+            losses.append(float(loss_of_tokens(h, self.head, self.targets.at(packed.source)).sum()))
+
+        self.model.eval()
+        self._run(chosen, one, losses.clear)
+        self.model.train()
+        return self._sum(losses) / sum(self.rows[i].scored for i in chosen)
+
+    def _run(self, chosen: Sequence[int], one: Callable[[Pack, torch.Tensor], None], undo: Callable[[], None]) -> None:
+        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes] if self.accelerator else chosen
+        pad = self.lm.tokenizer.pad_token_id if self.lm.tokenizer.pad_token_id is not None else self.lm.bos[0]
+
+        def part_of(part: slice) -> None:
+            packed = pack(self.rows, mine[part], self.starts, self.width, pad).to(self.lm.device)
+            states = LM.hidden(self.model, input_ids=packed.ids, position_ids=packed.position_ids)
+            one(packed, states.flatten(0, 1)[packed.index])
+
+        if mine:
+            self.micro.run([len(self.rows[i].student) for i in mine], part_of, undo)
+
+    def _sum(self, losses: Sequence[float]) -> float:
+        total = float(sum(losses))
+        return float(self.accelerator.reduce(torch.tensor(total, device=self.lm.device), "sum")
+                     ) if self.accelerator else total
 
 
 def check_finite(value: float, norm: float, epoch: int, recipe: Recipe) -> None:
@@ -77,51 +156,50 @@ def train(
     lm: LM,
     model: Any,
     rows: Sequence[Row],
-    targets: torch.Tensor,
-    teacher: Head | None,
+    targets: Target,
     recipe: Recipe,
     progress: EpochProgress | None = None,
     checkpoints: Checkpoints | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Trained:
     """Train `model` (lm.model or its peft wrapper) in place.
 
-    targets: teacher states [Σ scored, d] for the KL, or token ids [Σ scored] for next-word prediction.
-    checkpoints: where to save and continue; without it nothing is written.
+    targets: of all scored tokens, in the order of the rows. checkpoints: where to save and continue; without it nothing
+    is written. accelerator: its processes share the rows of every step; losses and weights are those of one process.
     Raises InjectionError when a loss is not finite, StoppedError when `checkpoints` was told to stop.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(parameters, recipe)
-    head = head_of(lm)
-    head = head if head.weight.requires_grad else head.frozen(copy=False)
-    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
-    rng, starts = random.Random(recipe.seed), offsets(rows)
-    width = max(len(r.student) for r in rows)
-    per_epoch = len(epoch_steps(rows, recipe.batch_tokens, random.Random(0)))
+    rng, student = random.Random(recipe.seed), _Student(lm, model, rows, targets, accelerator)
+    learned, held_out = divided(rows, recipe)
+    in_epoch = [rows[i] for i in learned]
+    per_epoch = len(epoch_steps(in_epoch, recipe.batch_tokens, random.Random(0)))
     at = checkpoints.begin(parameters, optimizers, rng) if checkpoints else Position()
     model.train()
     for epoch in range(at.epoch, recipe.epochs):
         at.begin_epoch(epoch, rng)
-        for chosen in epoch_steps(rows, recipe.batch_tokens, rng)[at.place :]:
-            packed = pack(rows, chosen, starts, max(width, LINE_TOKENS), pad).to(lm.device)
-            loss = step_loss(model, head, packed, targets, teacher)
-            loss.backward()  # type: ignore[no-untyped-call]
+        for places in epoch_steps(in_epoch, recipe.batch_tokens, rng)[at.place :]:
+            chosen = [learned[i] for i in places]
+            value, weight = student.learn(chosen)
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
-            value = float(loss.detach())
             check_finite(value, float(norm), epoch, recipe)
             apply(optimizers, recipe.lr * factor(at.step, per_epoch * recipe.epochs, recipe))
             at.place += 1
             at.step += 1
             at.tokens += sum(len(rows[i].student) for i in chosen)
-            at.total += value * float(packed.weight.sum())
-            at.scored += float(packed.weight.sum())
+            at.total += value * weight
+            at.scored += weight
             if checkpoints:
                 checkpoints.after_step(at, last=at.step == per_epoch * recipe.epochs)
         loss_of_epoch = at.end_epoch()
+        if held_out:
+            at.held_out.append(student.measure(held_out))
         if progress:
             progress(epoch + 1, recipe.epochs, loss_of_epoch)
-        if loss_of_epoch < recipe.stop_below:
+        if done_early(at.held_out, recipe.patience):
             break
     if checkpoints:
         checkpoints.end()
+    student.micro.end()
     model.eval()
-    return Trained(tuple(at.losses), at.step, at.tokens)
+    return Trained(tuple(at.losses), at.step, at.tokens, tuple(at.held_out))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from selfparam.errors import InjectionError, ModelError
-from selfparam.inject import Injection, merge, precision, token_targets
+from selfparam.inject import Injection, merge, next_words, precision
 from selfparam.inject.checkpoint import Position
-from selfparam.inject.loop import Trained, check_finite, factor, loss_of
-from selfparam.inject.objective import Head
+from selfparam.inject.loop import Trained, check_finite, factor
+from selfparam.inject.memory import Kept
+from selfparam.inject.objective import Head, Target, Words, loss_of
 from selfparam.inject.pairs import Pack, Row, build_rows, epoch_steps, even_lines, lay, line_tokens, offsets
-from selfparam.inject.teacher import check_head, head_of, teacher_states
+from selfparam.inject.teacher import as_target, check_head, head_of, teacher_targets
 from selfparam.inject.trainable import apply, lean, make_optimizers, make_trainable
 from selfparam.lm import LM
 from selfparam.types import Recipe, TargetSet
@@ -39,6 +41,8 @@ def refusal(recipe: Recipe) -> str:
     """Why a stack could not give what the contexts give one by one, or "" where it does."""
     if recipe.train != "lora":
         return f"train = '{recipe.train}' changes the weights that a stack shares: use 'lora', or inject one by one"
+    if recipe.held_out:
+        return "an early stop is decided on each context's own held-out pairs: use held_out = 0, or inject one by one"
     return DROPOUT if recipe.lora_dropout else ""
 
 
@@ -71,7 +75,7 @@ class _Pupil:
     prefixes: list[list[int]]
     recipe: Recipe
     at: Position = field(default_factory=Position)
-    targets: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    targets: Target = field(default_factory=lambda: Words(torch.empty(0, dtype=torch.long)))
     adapter: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,13 +84,12 @@ class _Pupil:
         self.course = self._course()
 
     def _course(self) -> Iterator[list[int]]:
-        """The rows of every step, as an injection alone has them, up to the last epoch or a loss that is low enough."""
+        """The rows of every step, as an injection alone has them."""
         rng = random.Random(self.recipe.seed)
         for epoch in range(self.recipe.epochs):
             self.at.begin_epoch(epoch, rng)
             yield from epoch_steps(self.rows, self.recipe.batch_tokens, rng)
-            if self.at.end_epoch() < self.recipe.stop_below:
-                return
+            self.at.end_epoch()
 
     def did(self, chosen: Sequence[int], loss: float) -> None:
         """Count a step."""
@@ -178,18 +181,24 @@ def _train(lm: LM, pupils: Sequence[_Pupil], recipe: Recipe) -> tuple[float, flo
         begin = time.perf_counter()
         kl = recipe.objective == "kl"
         for one in pupils:
-            one.targets = teacher_states(base, one.rows, one.prefixes) if kl else token_targets(base, one.rows)
+            one.targets = _teacher(base, one, recipe) if kl else next_words(base, one.rows)
         taught = time.perf_counter()
         head = head_of(base).frozen(copy=False)
         model = make_trainable(base, recipe)
         adapters = _Adapters(model, len(pupils), recipe)
         model.train()
         with lean(model):
-            _run(base, model, adapters, pupils, head, head if kl else None)
+            _run(base, model, adapters, pupils, head)
         return taught - begin, time.perf_counter() - taught
 
 
-def _run(lm: LM, model: Any, adapters: _Adapters, pupils: Sequence[_Pupil], head: Head, teacher: Head | None) -> None:
+def _teacher(lm: LM, pupil: _Pupil, recipe: Recipe) -> Target:
+    """The teacher's targets of one context, in memory."""
+    with Kept(lm.device, budget=sys.maxsize) as kept:
+        return as_target(teacher_targets(lm, pupil.rows, pupil.prefixes, kept, recipe.top_k), head_of(lm))
+
+
+def _run(lm: LM, model: Any, adapters: _Adapters, pupils: Sequence[_Pupil], head: Head) -> None:
     """All steps of all pupils. Who is done leaves the stack."""
     active = list(pupils)
     while active:
@@ -201,11 +210,11 @@ def _run(lm: LM, model: Any, adapters: _Adapters, pupils: Sequence[_Pupil], head
             active = [active[i] for i in going]
             adapters.keep(going)
         if active:
-            _step(lm, model, adapters, active, [step for step in steps if step is not None], head, teacher)
+            _step(lm, model, adapters, active, [step for step in steps if step is not None], head)
 
 
-def _step(lm: LM, model: Any, adapters: _Adapters, pupils: Sequence[_Pupil], steps: Sequence[list[int]], head: Head,
-          teacher: Head | None) -> None:
+def _step(lm: LM, model: Any, adapters: _Adapters, pupils: Sequence[_Pupil], steps: Sequence[list[int]], head: Head
+          ) -> None:
     """One step of every pupil. Raises InjectionError where a loss is not finite."""
     packs = _packs(lm, pupils, steps)
     ids, positions = torch.cat([p.ids for p in packs]), torch.cat([p.position_ids for p in packs])
@@ -213,7 +222,7 @@ def _step(lm: LM, model: Any, adapters: _Adapters, pupils: Sequence[_Pupil], ste
     size = packs[0].ids.numel()
     index = torch.cat([p.index + i * size for i, p in enumerate(packs)])
     parts = torch.split(states[index], [len(p.index) for p in packs])
-    losses = torch.stack([loss_of(h, head, packed, one.targets, teacher)
+    losses = torch.stack([loss_of(h, head, one.targets.at(packed.source), packed.weight / packed.weight.sum())
                           for h, packed, one in zip(parts, packs, pupils, strict=True)])
     losses.sum().backward()  # type: ignore[no-untyped-call]
     recipe = pupils[0].recipe

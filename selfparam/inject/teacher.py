@@ -1,18 +1,22 @@
-"""The teacher pass: θ reads x once, scores all its sentences on that cache, and its last hidden states are kept.
+"""The teacher pass: θ reads x once, scores all its sentences on that cache, and what the loss needs of them is kept.
 
 All of it happens before the first training step, from the very weights that are then trained: one copy of the model.
-Kept per scored token: the last hidden state (d values); logits are recomputed through the frozen head, so the KL is the
-exact one over the whole vocabulary. Refuses to know the loss. Source: Eq. 2 of arXiv 2410.00487, P_θ(s|x).
+Kept per scored token: the last hidden state (d values; logits are recomputed through the frozen head, so the KL is the
+exact one over the whole vocabulary), or the k likeliest tokens and the mass of the rest. Refuses to know where it is
+kept and how it is trained on. Source: Eq. 2 of arXiv 2410.00487, P_θ(s|x).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from accelerate import Accelerator
 
 from selfparam.errors import ModelError
-from selfparam.inject.objective import Head
+from selfparam.inject.memory import Kept, Tensors, fits
+from selfparam.inject.objective import CHUNK, Compact, Exact, Head, Target
 from selfparam.inject.pairs import Row, offsets
 from selfparam.lm import LM
 
@@ -38,39 +42,76 @@ def check_head(lm: LM) -> None:
 
 
 @torch.no_grad()
+def teacher_targets(
+    lm: LM, rows: Sequence[Row], prefixes: Sequence[Sequence[int]], kept: Kept, top_k: int = 0,
+    progress: Callable[[int, int], None] | None = None, accelerator: Accelerator | None = None,
+) -> Tensors:
+    """What is kept of every scored token, in the order of the rows.
+
+    top_k 0: {"states": last hidden states [Σ scored, d]}; k: the fields of `Compact`. Where memory is short, fewer
+    sentences are scored together. accelerator: its processes read some of the contexts each, unless a file is needed.
+    Raises OutputError where `kept` cannot write.
+    """
+    starts, head = offsets(rows), head_of(lm)
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(lm.device.type) else lm.model.dtype
+
+    def fields(states: torch.Tensor) -> Tensors:
+        if not top_k:
+            return {"states": states.to(dtype)}
+        parts = [vars(Compact.of(head.logits(part), top_k)) for part in torch.split(states, CHUNK)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def score(prefix: int, part: Sequence[int]) -> None:
+        states = _on_prefix(lm, list(prefixes[prefix]), [rows[i].s for i in part])
+        for state, i in zip(states, part, strict=True):
+            kept.put(starts[i], fields(state[len(rows[i].s) - rows[i].scored : len(rows[i].s)]))
+
+    kept.reserve(starts[-1] + rows[-1].scored, fields(head.weight.new_zeros(1, head.weight.shape[1])))
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.prefix, []).append(i)
+    divided = accelerator if accelerator and not kept.in_file else None
+    turn, turns = (divided.process_index, divided.num_processes) if divided else (0, 1)
+    done, limit = 0, SENTENCE_TOKENS
+    for prefix, members in list(groups.items())[turn::turns]:
+        waiting = sorted(members, key=lambda i: len(rows[i].s))
+        while waiting:
+            part = _first(waiting, rows, len(prefixes[prefix]), limit)
+            if fits(partial(score, prefix, part), last=len(part) == 1):
+                waiting = waiting[len(part) :]
+            else:
+                limit = len(part) * _cost(rows[part[-1]], len(prefixes[prefix])) // 2
+        done += len(members)
+        if progress:
+            progress(min(turns * done, len(rows)), len(rows))
+    found = kept.tensors()
+    return {name: divided.reduce(t, "sum") for name, t in found.items()} if divided else found
+
+
 def teacher_states(
     lm: LM, rows: Sequence[Row], prefixes: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None = None
 ) -> torch.Tensor:
     """Last hidden states [Σ scored, d] that predict the scored tokens of every row, in the order of the rows."""
-    starts = offsets(rows)
-    total = starts[-1] + rows[-1].scored
-    kept = torch.empty(total, lm.model.get_output_embeddings().weight.shape[1], dtype=torch.float32)
-    kept = kept.to(lm.device, torch.bfloat16 if torch.is_autocast_enabled(lm.device.type) else lm.model.dtype)
-    groups: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.prefix, []).append(i)
-    done = 0
-    for prefix, members in groups.items():
-        members.sort(key=lambda i: len(rows[i].s))
-        for part in _parts(members, rows, len(prefixes[prefix])):
-            first = [len(rows[i].s) - rows[i].scored for i in part]
-            states = _on_prefix(lm, list(prefixes[prefix]), [rows[i].s for i in part])
-            for state, i, begin in zip(states, part, first, strict=True):
-                kept[starts[i] : starts[i] + rows[i].scored] = state[begin : len(rows[i].s)].to(kept.dtype)
-        done += len(members)
-        if progress:
-            progress(done, len(rows))
-    return kept
+    with Kept(lm.device) as kept:
+        return teacher_targets(lm, rows, prefixes, kept, progress=progress)["states"]
 
 
-def _parts(members: list[int], rows: Sequence[Row], prefix: int) -> list[list[int]]:
-    """Members in groups of about equal length; all share the prefix's cache."""
-    parts: list[list[int]] = [[]]
-    for i in members:
-        if parts[-1] and (len(parts[-1]) + 1) * (len(rows[i].s) + prefix // 4) > SENTENCE_TOKENS:
-            parts.append([])
-        parts[-1].append(i)
-    return parts
+def as_target(tensors: Tensors, head: Head, copy: bool = False) -> Target:
+    """What `teacher_targets` kept, as what a student is trained against. copy: of the head, which will be trained."""
+    return Exact(tensors["states"], head.frozen(copy)) if "states" in tensors else Compact(**tensors)
+
+
+def _first(waiting: Sequence[int], rows: Sequence[Row], prefix: int, limit: int) -> list[int]:
+    """The first of `waiting` (by rising length) that are scored together, all on the prefix's cache: at least one."""
+    n = 1
+    while n < len(waiting) and (n + 1) * _cost(rows[waiting[n]], prefix) <= limit:
+        n += 1
+    return list(waiting[:n])
+
+
+def _cost(row: Row, prefix: int) -> int:
+    """What a sentence takes, in tokens: its own, and its copy of the prefix's keys and values, which are smaller."""
+    return len(row.s) + prefix // 4
 
 
 def _on_prefix(lm: LM, prefix: list[int], sentences: list[tuple[int, ...]]) -> torch.Tensor:

@@ -1,0 +1,123 @@
+"""The benchmarks at their smallest: every way trains the same, FLOPs are counted, the page is rendered."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import flops, gpu, growth, render, ways
+from selfparam.inject.objective import Head, Words, loss_of
+from selfparam.inject.pairs import build_rows, offsets, pack
+from selfparam.lm import LM
+from selfparam.types import PAPER, Recipe
+from tests.test_memory import SETS
+from tests.tiny import tiny_lm
+
+RECIPE = PAPER.but(epochs=2, lr=1e-2, batch_tokens=60, lora_dropout=0.0, precision="fp32")
+
+
+def states(done: tuple[Any, float]) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in done[0].state_dict().values()])
+
+
+def test_every_way_is_the_same_training() -> None:
+    lm = tiny_lm()
+    expected, loss = ways.ours(lm, SETS, RECIPE)
+    for name, way in ways.WAYS.items():
+        if name in ("TRL", "ours, top 64"):  # another order and mean; a coarser loss
+            continue
+        model, found = way(lm, SETS, RECIPE)
+        assert found == pytest.approx(loss, rel=1e-3), name
+        assert torch.allclose(states((model, found)), states((expected, loss)), atol=1e-3), name
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="needs the extra 'bench'")
+def test_trl_is_given_our_sentences_and_the_same_kl() -> None:
+    """With a learning rate of zero the loss is the KL at the start, averaged over each sentence first."""
+    lm = tiny_lm()
+    still = RECIPE.but(lr=0.0, epochs=1)
+    rows, _ = build_rows(lm, SETS, still)
+    one = [SETS[0].__class__(SETS[0].context, SETS[0].related[:1])]
+    assert ways.trl(lm, one, still)[1] == pytest.approx(ways.ours(lm, one, still)[1], rel=1e-3)
+    assert len(rows) == 8
+    trained = ways.trl(lm, SETS, RECIPE)
+    assert trained[1] < ways.trl(lm, SETS, still)[1]
+
+
+def counted(lm: LM, recipe: Recipe) -> tuple[float, float]:
+    """FLOPs of one pass with the next-word loss over all rows: torch's count, attention left out; share of padding."""
+    rows, _ = build_rows(lm, SETS, recipe)
+    packed = pack(rows, range(len(rows)), offsets(rows), 1, 0)
+    assert packed.ids.numel() >= sum(len(r.student) for r in rows)
+    head = Head(lm.model.get_output_embeddings().weight)
+    lm.model.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)[packed.index]
+        loss_of(h, head, Words(torch.zeros(len(h), dtype=torch.long)), packed.weight).backward()
+    counts = counter.get_flop_counts()["Global"].items()
+    attention = sum(n for op, n in counts if "attention" in str(op) or "bmm" in str(op))
+    return counter.get_total_flops() - attention, packed.ids.numel() / sum(len(r.student) for r in rows)
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    lm = tiny_lm()
+    recipe = RECIPE.but(train="full", objective="next-word")
+    rows, prefixes = build_rows(lm, SETS, recipe)
+    teacher, epoch = flops.needed(lm, rows, prefixes, recipe)
+    found, padding = counted(lm, recipe)
+    assert found / padding <= 1.02 * epoch and epoch <= 1.02 * found
+    kl = flops.needed(lm, *build_rows(lm, SETS, RECIPE), RECIPE)
+    compact = flops.needed(lm, *build_rows(lm, SETS, RECIPE), RECIPE.but(top_k=4))
+    assert compact[1] < kl[1] and compact[0] > kl[0] and teacher > 0
+    assert flops.ceiling(torch.device("cpu"), torch.float32, seconds=0.0, size=64) > 0
+
+
+def test_exponents() -> None:
+    assert growth.exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1.0)
+    assert growth.exponent([10, 100], [5, 500]) == pytest.approx(2.0)
+
+
+def test_random_sets_have_the_asked_size() -> None:
+    lm = tiny_lm()
+    sets = growth.random_sets(lm, 2, 50, 3)
+    assert [len(one.related) for one in sets] == [3, 3]
+    assert all(45 <= len(lm.encode(one.context.text)) <= 55 for one in sets)
+    assert sets == growth.random_sets(lm, 2, 50, 3)
+
+
+def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's script on a CPU with a tiny shape, and a page of made-up numbers beside its own."""
+    monkeypatch.setattr(gpu, "ceiling", lambda device, dtype: 1e9)
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    gpu.main(["--shapes", "tiny", "--contexts", "1", "--epochs", "1", "--device", "cpu", "--out",
+              str(results / "gpu.json")])
+    [found] = json.loads((results / "gpu.json").read_text())["gpu"]
+    assert found["rows"] == 30 and found["seconds_training"] > 0 and found["utilisation_training"] > 0
+    assert render.render(results, docs).count("not measured yet") == 2
+    row = {"seconds": [1.0, 3.0, 2.0], "cpu": 4.0, "loss": 0.1, "peak_mb": 10.0, "start_mb": 5.0, "tokens": 100,
+           "flops": 1e9, "f1": [0.5, 0.7], "sentences": 4, "tokens_per_context": 300.0}
+    machine = {"device": "cpu", "processor": "x", "threads": 1, "torch": "2", "ours": "float32", "ceiling": 1e9}
+    (results / "injection.json").write_text(json.dumps({
+        "rows": {"ours": row, "plain": row | {"seconds": [20.0, 30.0, 40.0]}}, "contexts": 2, "epochs": 1,
+        "model": "embedded", "machine": machine}))
+    points = [{"size": n, "teacher": n / 10, "training": n / 5, "rows": n} for n in (10, 20)]
+    (results / "growth.json").write_text(json.dumps({
+        "growth": {"contexts": {"points": points, "exponent": {"teacher": 1.0, "training": 1.0}}}, "epochs": 1}))
+    text = render.render(results, docs)
+    assert "| plain | 30.0 | 15.00 | 4.0 | 3 | 3.3% |" in text and "| contexts | 10, 20 | 1.0, 2.0 |" in text
+    assert "not measured yet" not in text and "| tiny | 1 | 1 |" in text
+    assert (docs / "performance.md").read_text("utf-8") == text
+    assert {p.name for p in docs.iterdir()} == {"performance.md", "performance.svg", "growth.svg"}
+
+
+def test_shapes_are_the_published_ones() -> None:
+    for name, billions in (("llama-3-8b", 8.03), ("mistral-7b", 7.24)):
+        with torch.device("meta"):
+            model = gpu.AutoModelForCausalLM.from_config(gpu.SHAPES[name])
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
