@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Objective = Literal["kl", "next-word"]
-Train = Literal["lora", "mlp", "full"]
+Train = Literal["lora", "mlp", "full", "osf"]
 
 
 def content_hash(*parts: str) -> str:
@@ -80,11 +80,13 @@ class Recipe:
     """How θ becomes θ'. Learning rates are per optimiser step, lengths in tokens.
 
     objective          "kl" = Eq. 2; "next-word" = cross-entropy on the sentence's own tokens (the FT baselines)
-    train              "lora" (merged afterwards), "mlp" (MLP matrices only) or "full"
+    train              "lora" (merged afterwards), "mlp" (MLP matrices only), "full", or "osf" (orthogonal subspace, peft)
     teacher_sees_x     for unrelated sentences: True is Eq. 2 to the letter, False lets them hold the model where it was
     loss_on            "pair": every token of s; "answer": only the completion
     unrelated_weight   factor on the loss of unrelated sentences
     batch_tokens       student tokens in one optimiser step (rows are packed whole)
+    rehearsal          sentences that the model writes from memory before a step of a sequence that follows another
+    rehearsal_temperature   of their questions; answers are the most likely ones
     stop_below         stop after the first epoch whose mean loss (nats per token) is lower; 0 never stops early
     precision          "auto": bf16 autocast where the hardware multiplies bf16 matrices; "fp32"; "bf16"
     """
@@ -105,6 +107,8 @@ class Recipe:
     teacher_sees_x: bool = True
     loss_on: Literal["pair", "answer"] = "pair"
     unrelated_weight: float = 1.0
+    rehearsal: int = 0
+    rehearsal_temperature: float = 1.0
     stop_below: float = 0.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0

@@ -20,7 +20,7 @@ from selfparam.methods.selfparam import SelfParam
 from selfparam.types import Recipe
 
 CONTEXT_TOKENS, SENTENCE_TOKENS, QUESTIONS, PROMPT_TOKENS = 500, 30, 2.25, 60
-MLP_SHARE, LORA_SHARE = 0.6, 0.003  # of the parameters that are trained
+MLP_SHARE, OSF_SHARE, LORA_SHARE = 0.6, 0.5, 0.003  # of the parameters that are trained
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,6 @@ def memory(model: ModelSpec, method: MethodSpec, size: float) -> float | None:
     recipe = recipe_of(method)
     if recipe is None:
         return size * each / 1e9
-    share = {"lora": LORA_SHARE, "mlp": MLP_SHARE, "full": 1.0}[recipe.train]
+    share = {"lora": LORA_SHARE, "mlp": MLP_SHARE, "full": 1.0, "osf": OSF_SHARE}[recipe.train]
     copies = 3 if method.options.get("teacher") == "first" else 2
     return size * each * (copies + 3 * share) / 1e9

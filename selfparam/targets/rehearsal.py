@@ -1,0 +1,101 @@
+"""Self-rehearsal: what a model writes from memory before it learns something new, so that it keeps what it knows.
+
+Nothing is stored: questions are sampled from the weights, begun with the first words of the step's own questions, and
+answered from the weights; afterwards they are forgotten. What the new context contradicts is left out, so that a changed
+fact can win. Refuses to know training and which contexts were injected before.
+Sources: ours; rehearsing a network's own samples is Robins 1995 (pseudo-rehearsal), questions out of an empty user turn
+are Magpie's (arXiv 2406.08464).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from selfparam.lm import LM
+from selfparam.metrics.qa_f1 import tokens
+from selfparam.targets.unrelated import names_of
+from selfparam.types import Sentence, TargetSet, content_hash
+
+QUESTION_TOKENS, ANSWER_TOKENS = 40, 24
+ROUNDS = 3  # of writing, until enough questions are usable
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Sentences from memory, and how many were dropped for which reason.
+
+    Reasons: "unfinished" (longer than allowed), "no question" (no line of at least three words), "repeated" (the same
+    words), "contradicted" (about the new context, which answers it otherwise).
+    """
+
+    sentences: tuple[Sentence, ...]
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def add_rehearsed(lm: LM, sets: Sequence[TargetSet], n: int, *, temperature: float = 1.0,
+                  seed: int = 0) -> tuple[list[TargetSet], Rehearsal]:
+    """The same sets with up to n sentences from memory among their unrelated ones, in equal parts, and what was written."""
+    openings = [s.prompt.split()[0] for one in sets for s in one.related if s.prompt.split()]
+    seed = int(content_hash(str(seed), *(one.context.id for one in sets))[:8], 16)  # other samples in every step
+    found = without_contradicted(lm, rehearse(lm, n, openings, temperature=temperature, seed=seed), sets)
+    shares = [found.sentences[i :: len(sets)] for i in range(len(sets))]
+    return [replace(one, unrelated=(*one.unrelated, *part)) for one, part in zip(sets, shares, strict=True)], found
+
+
+def rehearse(lm: LM, n: int, openings: Sequence[str] = (), *, temperature: float = 1.0, seed: int = 0) -> Rehearsal:
+    """Up to n distinct questions that the model samples from memory, with its most likely answers.
+
+    openings: words that questions begin with, in turn; without any, the model begins them itself. temperature: of the
+    questions.
+    """
+    rng = random.Random(seed)
+    questions: dict[tuple[str, ...], str] = {}
+    dropped: Counter[str] = Counter()
+    for turn in range(ROUNDS):
+        lacking = n - len(questions)
+        begun = [rng.choice(openings) if openings else "" for _ in range(lacking)]
+        for question, fault in _written(lm, begun, temperature, seed + turn):
+            fault = fault or ("repeated" if tuple(tokens(question)) in questions else "")
+            if fault:
+                dropped[fault] += 1
+            else:
+                questions[tuple(tokens(question))] = question
+    answers = _answers(lm, list(questions.values()))
+    kept = tuple(Sentence(q, a) for q, a in zip(questions.values(), answers, strict=True) if a)
+    dropped["unfinished"] += len(questions) - len(kept)
+    return Rehearsal(kept, dict(+dropped))
+
+
+def without_contradicted(lm: LM, written: Rehearsal, sets: Sequence[TargetSet]) -> Rehearsal:
+    """Without the sentences that name something of a new context and that the model, reading it, answers otherwise."""
+    texts = [(one.context.text, names_of(one.context.text)) for one in sets]
+    read = {i: text for i, s in enumerate(written.sentences) for text, names in texts if names & names_of(s.prompt)}
+    answers = _answers(lm, [written.sentences[i].prompt for i in read], list(read.values()))
+    gone = {i for i, a in zip(read, answers, strict=True) if tokens(a) != tokens(written.sentences[i].completion)}
+    kept = tuple(s for i, s in enumerate(written.sentences) if i not in gone)
+    return Rehearsal(kept, {**written.dropped, **({"contradicted": len(gone)} if gone else {})})
+
+
+def _written(lm: LM, openings: Sequence[str], temperature: float, seed: int) -> list[tuple[str, str]]:
+    """Questions that begin with the openings, each with its fault ("" where it has none)."""
+    head, between = (lm.chat_parts()[0], lm.chat_parts()[1]) if lm.is_chat else (lm.bos, [])
+    begun = [lm.encode(o) if lm.is_chat else lm.encode(f"Question: {o}".rstrip()) for o in openings]
+    texts = lm.generate([[*head, *ids] for ids in begun], max_new_tokens=QUESTION_TOKENS, temperature=temperature,
+                        seed=seed, stop="\n", stop_at=between)
+    found = []
+    for opening, text in zip(openings, texts, strict=True):
+        question = re.split(r"(?<=[?？])\s", f"{opening}{text}".strip())[0]
+        broken = opening and text[:1].isalpha()  # the first word went on: "Do" + "cument"
+        whole = len(lm.encode(text)) < QUESTION_TOKENS or question.endswith(("?", "？"))
+        found.append((question, "no question" if broken or len(question.split()) < 3 else "" if whole else "unfinished"))
+    return found
+
+
+def _answers(lm: LM, questions: Sequence[str], contexts: Sequence[str] | None = None) -> list[str]:
+    """Most likely answers, from memory or with the contexts in front; "" where one has no end."""
+    given = lm.answer(questions, contexts, max_new_tokens=ANSWER_TOKENS)
+    return [a if len(lm.encode(a)) < ANSWER_TOKENS - 1 else "" for a in given]
