@@ -1,6 +1,7 @@
 """SELF-PARAM: Eq. 2 as a row of a table. Pairs, unrelated sentences, one inject() for all contexts; 𝒮 = 0.
 
-Absorbing in turn is a fold, θ_i = inject(θ_{i-1}, ℰ(x_i)). Refuses to know evaluation.
+Absorbing in turn is a fold, θ_i = inject(θ_{i-1}, ℰ(x_i)), with sentences that θ_{i-1} writes from memory where the recipe
+has rehearsal. Refuses to know evaluation.
 Source: arXiv 2410.00487, section 3; what it leaves open is in docs/paper.md.
 """
 
@@ -13,9 +14,17 @@ from typing import Any, ClassVar, Literal
 from selfparam.inject import inject
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
-from selfparam.methods.readers import Memory
+from selfparam.methods.readers import Memory, tokens
+from selfparam.targets.rehearsal import add_rehearsed
 from selfparam.targets.unrelated import add_unrelated
-from selfparam.types import PAPER, Recipe, TargetSet
+from selfparam.types import PAPER, Recipe, Sentence, TargetSet
+
+
+@dataclass(frozen=True)
+class Keeping(Memory):
+    """Answers from the weights; `kept` are the pairs absorbed so far, which 𝒮 counts."""
+
+    kept: tuple[Sentence, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,8 @@ class SelfParam:
     """ratio, neighbour_share: as add_unrelated has them (None: its defaults; no neighbours to the letter of Eq. 2).
 
     source: who writes unrelated sentences. teacher: which θ reads x, the one before this step or the "first" one
-    (only different in a sequence; the first one stays in memory as a second copy).
+    (only different in a sequence; the first one stays in memory as a second copy). keep: "pairs" trains on all earlier
+    pairs again in every step of a sequence, which have to be stored; recipe.rehearsal needs no storage.
     """
 
     recipe: Recipe = PAPER
@@ -31,16 +41,26 @@ class SelfParam:
     neighbour_share: float | None = None
     source: str = "self"
     teacher: Literal["previous", "first"] = "previous"
+    keep: Literal["nothing", "pairs"] = "nothing"
     needs_pairs: ClassVar[bool] = True
 
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
         start = after.lm if after else lm
         written = [replace(s, unrelated=()) for s in sets if s.related]
         if not written:
-            return Memory(start, ("nobody wrote a pair: nothing was trained",))
+            return after or Memory(start, ("nobody wrote a pair: nothing was trained",))
         share = 0.0 if self.neighbour_share is None and self.recipe.teacher_sees_x else self.neighbour_share
         given: dict[str, Any] = {"ratio": self.ratio, "neighbour_share": share}
         chosen = written if self.ratio == 0 else add_unrelated(
             start, written, source=self.source, seed=seed, **{k: v for k, v in given.items() if v is not None})
+        kept = after.kept if isinstance(after, Keeping) else ()
+        chosen[0] = replace(chosen[0], unrelated=(*chosen[0].unrelated, *kept))
+        if after and self.recipe.rehearsal:
+            chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, seed=seed,
+                                      temperature=self.recipe.rehearsal_temperature)
         teacher = lm if self.teacher == "first" and after else None
-        return Memory(inject(start, chosen, self.recipe.but(seed=seed), teacher=teacher).lm)
+        found = inject(start, chosen, self.recipe.but(seed=seed), teacher=teacher).lm
+        if self.keep == "nothing":
+            return Memory(found)
+        kept += tuple(replace(s, about=None) for one in written for s in one.related)
+        return Keeping(found, storage_tokens=tokens(found, [f"{s.prompt} {s.completion}" for s in kept]), kept=kept)

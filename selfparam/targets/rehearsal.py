@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 
 from selfparam.lm import LM
 from selfparam.metrics.qa_f1 import tokens
-from selfparam.targets.unrelated import names_of
 from selfparam.types import Sentence, TargetSet, content_hash
 
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 24
+_WORD = re.compile(r"\w+(?:-\w+)*")
 ROUNDS = 3  # of writing, until enough questions are usable
 
 
@@ -72,8 +72,9 @@ def rehearse(lm: LM, n: int, openings: Sequence[str] = (), *, temperature: float
 
 def without_contradicted(lm: LM, written: Rehearsal, sets: Sequence[TargetSet]) -> Rehearsal:
     """Without the sentences that name something of a new context and that the model, reading it, answers otherwise."""
-    texts = [(one.context.text, names_of(one.context.text)) for one in sets]
-    read = {i: text for i, s in enumerate(written.sentences) for text, names in texts if names & names_of(s.prompt)}
+    texts = {one.context.text: set(_WORD.findall(one.context.text)) for one in sets}
+    read = {i: text for i, s in enumerate(written.sentences) for text, words in texts.items()
+            if any(word[0].isupper() and word in words for word in _WORD.findall(s.prompt)[1:])}
     answers = _answers(lm, [written.sentences[i].prompt for i in read], list(read.values()))
     gone = {i for i, a in zip(read, answers, strict=True) if tokens(a) != tokens(written.sentences[i].completion)}
     kept = tuple(s for i, s in enumerate(written.sentences) if i not in gone)

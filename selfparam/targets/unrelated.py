@@ -98,12 +98,6 @@ def answered(lm: LM, questions: Sequence[str], *, seed: int = 0, temperature: fl
     return [Sentence(q, a.strip()) for q, a in zip(questions, texts, strict=True) if a.strip()]
 
 
-def names_of(text: str) -> set[str]:
-    """What looks like a name: capitalised words, also several in a row, but not a single one that begins a sentence."""
-    return {m.group(0) for m in _NAME.finditer(text)
-            if " " in m.group(0) or not re.search(r"(^|[.!?:\n]\s*)$", text[: m.start()])}
-
-
 def swap_names(question: str, context: str, slots: Slots) -> str | None:
     """The question about another subject: names that also stand in the context are replaced by made-up ones.
 
