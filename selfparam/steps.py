@@ -38,8 +38,9 @@ from selfparam.targets import (
     write_pairs,
 )
 from selfparam.targets.files import numbered_lines, text_of
+from selfparam.targets.rehearsal import add_rehearsed
 from selfparam.targets.unrelated import NEIGHBOUR_SHARE, RATIO, add_unrelated, packaged
-from selfparam.types import PAPER, SMALL, Context, Question, Recipe, Sentence, TargetSet
+from selfparam.types import PAPER, SMALL, SMALL_SEQUENTIAL, Context, Question, Recipe, Sentence, TargetSet
 
 #: Models below this number of parameters are trained with SMALL where the recipe is "auto".
 FEW_PARAMETERS = 200e6
@@ -62,10 +63,14 @@ def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "aut
             raise ModelError(f"cannot put '{name}' on the device '{device}' ({reason}): try --device cpu") from error
 
 
-def choose_recipe(lm: LM, name: str, **changes: Any) -> Recipe:
-    """"paper", "small", or "auto": by the model's size. Changes that are None are left out."""
+def choose_recipe(lm: LM, name: str, *, follows: bool = False, **changes: Any) -> Recipe:
+    """"paper", "small", or "auto": by the model's size. Changes that are None are left out.
+
+    follows: something was injected before, which a small model rehearses.
+    """
     small = name == "small" or (name == "auto" and lm.parameters < FEW_PARAMETERS)
-    return (SMALL if small else PAPER).but(**{key: value for key, value in changes.items() if value is not None})
+    recipe = PAPER if not small else SMALL_SEQUENTIAL if follows else SMALL
+    return recipe.but(**{key: value for key, value in changes.items() if value is not None})
 
 
 # --- contexts -> target sets -----------------------------------------------------------------------------------------
@@ -170,6 +175,18 @@ def with_unrelated(lm: LM, sets: Sequence[TargetSet], journal: Journal, *, sourc
     with journal.step("finding unrelated sentences"):
         added = iter(add_unrelated(lm, lacking, ratio=ratio, neighbour_share=share, source=source, seed=recipe.seed))
     return [one if one.unrelated else next(added) for one in sets]
+
+
+def with_rehearsed(lm: LM, sets: Sequence[TargetSet], journal: Journal, recipe: Recipe) -> list[TargetSet]:
+    """With sentences that the model writes from memory, for an injection that follows others."""
+    if not recipe.rehearsal:
+        return list(sets)
+    with journal.step("writing from memory"):
+        added, found = add_rehearsed(lm, sets, recipe.rehearsal, temperature=recipe.rehearsal_temperature,
+                                     seed=recipe.seed)
+    reasons = ", ".join(f"{n} {why}" for why, n in found.dropped.items())
+    journal.note(f"{len(found.sentences)} sentences from memory" + (f" (dropped: {reasons})" if reasons else ""))
+    return added
 
 
 # --- questions -------------------------------------------------------------------------------------------------------

@@ -80,12 +80,12 @@ class Recipe:
     """How θ becomes θ'. Learning rates are per optimiser step, lengths in tokens.
 
     objective          "kl" = Eq. 2; "next-word" = cross-entropy on the sentence's own tokens (the FT baselines)
-    train              "lora" (merged afterwards), "mlp" (MLP matrices only), "full", or "osf" (orthogonal subspace, peft)
+    train              "lora" (merged afterwards), "mlp" (MLP matrices only), "full", "osf" (peft's orthogonal subspace)
     teacher_sees_x     for unrelated sentences: True is Eq. 2 to the letter, False lets them hold the model where it was
     loss_on            "pair": every token of s; "answer": only the completion
     unrelated_weight   factor on the loss of unrelated sentences
     batch_tokens       student tokens in one optimiser step (rows are packed whole)
-    rehearsal          sentences that the model writes from memory before a step of a sequence that follows another
+    rehearsal          sentences from memory for each pair, in injections that follow others (targets/rehearsal.py)
     rehearsal_temperature   of their questions; answers are the most likely ones
     stop_below         stop after the first epoch whose mean loss (nats per token) is lower; 0 never stops early
     precision          "auto": bf16 autocast where the hardware multiplies bf16 matrices; "fp32"; "bf16"
@@ -107,7 +107,7 @@ class Recipe:
     teacher_sees_x: bool = True
     loss_on: Literal["pair", "answer"] = "pair"
     unrelated_weight: float = 1.0
-    rehearsal: int = 0
+    rehearsal: float = 0.0
     rehearsal_temperature: float = 1.0
     stop_below: float = 0.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -140,3 +140,6 @@ SMALL = Recipe(
     teacher_sees_x=False,
     loss_on="answer",
 )
+#: For the next injection into such a model: what it writes from memory holds what it has learned. All tokens of a pair
+#: are trained, questions too: a model rehearses only what it would ask by itself.
+SMALL_SEQUENTIAL = SMALL.but(rehearsal=5.0, loss_on="pair", batch_tokens=640)

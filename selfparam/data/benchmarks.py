@@ -1,4 +1,4 @@
-"""Names of benchmarks -> Benchmark: worlds and revisits (run anywhere), pwc (the paper's), jsonl (any set of contexts, questions).
+"""Names of benchmarks -> Benchmark: worlds, revisits (run anywhere), pwc (the paper's), jsonl (any set of your own).
 
 Refuses to know models and experiments; where lengths count, the caller gives the function that counts tokens.
 Source: arXiv 2410.00487, section 4.1; worlds.py for the fictional ones.

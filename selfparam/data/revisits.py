@@ -7,7 +7,6 @@ Source: ours.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
 from selfparam.data.items import Benchmark, Count, Item

@@ -1,9 +1,9 @@
 """The protocols of the paper as functions of a lab, a cell and its target sets -> scores.
 
 single: one context into a fresh θ'. batch: n contexts at once, all questions after. sequential: n contexts one after
-another (a fold; merged after each), all questions after every step; or some contexts in each step (a day's). The ablation is one of these with other authors.
-Refuses to know files and processes. Source: arXiv 2410.00487, sections 4.1-4.3; days and
-changed facts are ours.
+another, or some in each step (a day's): a fold, merged after each step, all questions after every step. The ablation is
+one of these with other authors. Refuses to know files and processes.
+Source: arXiv 2410.00487, sections 4.1-4.3; days and changed facts are ours.
 """
 
 from __future__ import annotations

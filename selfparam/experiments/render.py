@@ -16,7 +16,7 @@ LEGEND = {
     "gain": "difference to the best baseline ({best}) on the same contexts, with its interval",
     "just": "F1 on each context right after its step, mean over contexts",
     "forget": "forgetting: best F1 on an earlier context so far, minus F1 at the end (Chaudhry et al. 2018)",
-    "BWT": "backward transfer: F1 on an earlier context at the end, minus right after its step (Lopez-Paz and Ranzato 2017)",
+    "BWT": "backward transfer: F1 on an earlier context at the end, minus after its step (Lopez-Paz & Ranzato 2017)",
     "new": "share of changed facts that are answered with the new value, exactly",
     "old": "share of changed facts that are answered with the old value",
     "leak": "F1 of the injected answers when the same questions name another subject: compare with the base's",

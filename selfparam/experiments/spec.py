@@ -189,9 +189,9 @@ def settings_of(table: Table, model: ModelSpec, method: MethodSpec) -> str:
         authors[name] = asdict(table.authors[name])
         name = table.authors[name].of
     settings = {
-        "protocol": table.protocol, "data": dict(table.data), "probes": _without_defaults(asdict(table.probes)), "seed": table.seed,
-        "questions": table.questions, "model": [model.name, model.dtype], "method": method.method, "options": made,
-        "author": method.author, "authors": authors, "pairs": method.pairs,
+        "protocol": table.protocol, "data": dict(table.data), "probes": _without_defaults(asdict(table.probes)),
+        "seed": table.seed, "questions": table.questions, "model": [model.name, model.dtype],
+        "method": method.method, "options": made, "author": method.author, "authors": authors, "pairs": method.pairs,
     }
     if any(one["kind"] == "erring" for one in authors.values()):  # takes wrong answers from the other contexts
         settings["contexts"] = table.contexts
@@ -203,7 +203,7 @@ def settings_of(table: Table, model: ModelSpec, method: MethodSpec) -> str:
 
 def _without_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Without the options that came later, where they are off: the rows from before stay rows of this table."""
-    if isinstance(given.get("recipe"), dict) and not given["recipe"]["rehearsal"]:
+    if given.get("recipe") and not given["recipe"]["rehearsal"]:
         off = ("rehearsal", "rehearsal_temperature")
         given = {**given, "recipe": {k: v for k, v in given["recipe"].items() if k not in off}}
     return {k: v for k, v in given.items() if (k, v) not in (("keep", "nothing"), ("along", False))}

@@ -114,8 +114,8 @@ def _block(table: Table, model: ModelSpec, n: int, cells: Sequence[Cell], rows: 
     return Block(model, n, tuple(lines), best, notes)
 
 
-def _line(method: MethodSpec, per_step: int, cells: int, rows: Sequence[Row], scores: Mapping[str, float], paper: float | None,
-          gain: tuple[float, Interval] | None, failed: Sequence[str]) -> Line:
+def _line(method: MethodSpec, per_step: int, cells: int, rows: Sequence[Row], scores: Mapping[str, float],
+          paper: float | None, gain: tuple[float, Interval] | None, failed: Sequence[str]) -> Line:
     notes = [note for row in rows for note in row.get("notes", [])]
     if method.against:
         notes.append(f"gain against '{method.against}'")
@@ -132,8 +132,8 @@ def _line(method: MethodSpec, per_step: int, cells: int, rows: Sequence[Row], sc
     return Line(
         method, len(rows), cells, mean(values), bootstrap(values) if len(values) > 1 else None, paper, gain,
         average("just"), average("leak"), average("fresh"), average("world"), average("kl"),
-        average("storage_tokens"), mean(row["seconds"]["absorb"] for row in rows), average("forgetting"), average("bwt"),
-        mean(row["seconds"]["absorb"] / -(-row["n"] // per_step) for row in rows) if per_step else None,
+        average("storage_tokens"), mean(row["seconds"]["absorb"] for row in rows), average("forgetting"),
+        average("bwt"), mean(row["seconds"]["absorb"] / -(-row["n"] // per_step) for row in rows) if per_step else None,
         average("new"), average("old"), tuple(dict.fromkeys(notes)),
     )
 

@@ -60,6 +60,8 @@ def make_trainable(lm: LM, recipe: Recipe) -> Any:
             lm.model.get_submodule(name).requires_grad_(True)
     if recipe.train in ("mlp", "full"):
         return lm.model
+    if recipe.train == "osf" and any(isinstance(m, Conv1D) for m in lm.model.modules()):
+        raise ModelError(f"peft's orthogonal subspace does not know the layers of '{lm.name}': use another --train")
     config: PeftConfig = OSFConfig(target_modules=lora_targets(lm)) if recipe.train == "osf" else LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,

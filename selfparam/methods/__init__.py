@@ -17,7 +17,7 @@ from selfparam.methods.finetune import FineTune
 from selfparam.methods.protocol import Method, Reader
 from selfparam.methods.raptor import Raptor
 from selfparam.methods.selfparam import SelfParam
-from selfparam.types import PAPER, PAPER_RECOMMEND, PAPER_SEQUENTIAL, SMALL, Recipe
+from selfparam.types import PAPER, PAPER_RECOMMEND, PAPER_SEQUENTIAL, SMALL, SMALL_SEQUENTIAL, Recipe
 
 __all__ = ["METHODS", "RECIPES", "Method", "Reader", "make_method"]
 
@@ -29,7 +29,10 @@ METHODS: dict[str, type[Any]] = {
     "raptor": Raptor,
     "selfparam": SelfParam,
 }
-RECIPES = {"paper": PAPER, "paper-sequential": PAPER_SEQUENTIAL, "paper-recommend": PAPER_RECOMMEND, "small": SMALL}
+RECIPES = {
+    "paper": PAPER, "paper-sequential": PAPER_SEQUENTIAL, "paper-recommend": PAPER_RECOMMEND, "small": SMALL,
+    "small-sequential": SMALL_SEQUENTIAL,
+}
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:

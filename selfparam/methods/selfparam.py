@@ -1,7 +1,7 @@
 """SELF-PARAM: Eq. 2 as a row of a table. Pairs, unrelated sentences, one inject() for all contexts; 𝒮 = 0.
 
-Absorbing in turn is a fold, θ_i = inject(θ_{i-1}, ℰ(x_i)), with sentences that θ_{i-1} writes from memory where the recipe
-has rehearsal. Refuses to know evaluation.
+Absorbing in turn is a fold, θ_i = inject(θ_{i-1}, ℰ(x_i)), with sentences that θ_{i-1} writes from memory where the
+recipe has rehearsal. Refuses to know evaluation.
 Source: arXiv 2410.00487, section 3; what it leaves open is in docs/paper.md.
 """
 

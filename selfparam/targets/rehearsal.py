@@ -1,8 +1,8 @@
 """Self-rehearsal: what a model writes from memory before it learns something new, so that it keeps what it knows.
 
 Nothing is stored: questions are sampled from the weights, begun with the first words of the step's own questions, and
-answered from the weights; afterwards they are forgotten. What the new context contradicts is left out, so that a changed
-fact can win. Refuses to know training and which contexts were injected before.
+answered from the weights; afterwards they are forgotten. What the new context contradicts is left out, so that a
+changed fact can win. Refuses to know training and which contexts were injected before.
 Sources: ours; rehearsing a network's own samples is Robins 1995 (pseudo-rehearsal), questions out of an empty user turn
 are Magpie's (arXiv 2406.08464).
 """
@@ -36,9 +36,10 @@ class Rehearsal:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def add_rehearsed(lm: LM, sets: Sequence[TargetSet], n: int, *, temperature: float = 1.0,
+def add_rehearsed(lm: LM, sets: Sequence[TargetSet], ratio: float, *, temperature: float = 1.0,
                   seed: int = 0) -> tuple[list[TargetSet], Rehearsal]:
-    """The same sets with up to n sentences from memory among their unrelated ones, in equal parts, and what was written."""
+    """The same sets with up to `ratio` sentences from memory for each pair among the unrelated ones, and a report."""
+    n = round(ratio * sum(len(one.related) for one in sets))
     openings = [s.prompt.split()[0] for one in sets for s in one.related if s.prompt.split()]
     seed = int(content_hash(str(seed), *(one.context.id for one in sets))[:8], 16)  # other samples in every step
     found = without_contradicted(lm, rehearse(lm, n, openings, temperature=temperature, seed=seed), sets)
@@ -92,7 +93,8 @@ def _written(lm: LM, openings: Sequence[str], temperature: float, seed: int) -> 
         question = re.split(r"(?<=[?？])\s", f"{opening}{text}".strip())[0]
         broken = opening and text[:1].isalpha()  # the first word went on: "Do" + "cument"
         whole = len(lm.encode(text)) < QUESTION_TOKENS or question.endswith(("?", "？"))
-        found.append((question, "no question" if broken or len(question.split()) < 3 else "" if whole else "unfinished"))
+        fault = "no question" if broken or len(question.split()) < 3 else "" if whole else "unfinished"
+        found.append((question, fault))
     return found
 
 
