@@ -52,7 +52,8 @@ def lora_targets(lm: LM) -> list[str]:
 def make_trainable(lm: LM, recipe: Recipe) -> Any:
     """The model to train: a peft model for LoRA and OSF, otherwise lm.model with gradients where the recipe says.
 
-    OSF: the upper half of every matrix's singular directions is held, steps in the lower half stay orthogonal to it.
+    OSF: the upper half of every matrix's singular values is held, gradients of the rest are made orthogonal to it.
+    Raises ModelError for a model whose layers OSF does not know.
     """
     lm.model.requires_grad_(recipe.train == "full")
     if recipe.train == "mlp":

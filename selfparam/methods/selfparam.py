@@ -48,7 +48,8 @@ class SelfParam:
         start = after.lm if after else lm
         written = [replace(s, unrelated=()) for s in sets if s.related]
         if not written:
-            return after or Memory(start, ("nobody wrote a pair: nothing was trained",))
+            notes = ("nobody wrote a pair: nothing was trained",)
+            return replace(after, notes=notes) if isinstance(after, Memory) else Memory(start, notes)
         share = 0.0 if self.neighbour_share is None and self.recipe.teacher_sees_x else self.neighbour_share
         given: dict[str, Any] = {"ratio": self.ratio, "neighbour_share": share}
         chosen = written if self.ratio == 0 else add_unrelated(
