@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from selfparam.data.benchmarks import BENCHMARKS
-from selfparam.errors import ModelError
+from selfparam.errors import ModelError, TableError
 from selfparam.inject import inject
 from selfparam.lm import LM
 from selfparam.methods import make_method, selfparam
@@ -113,6 +113,11 @@ def test_a_fold_rehearses_from_the_second_step_and_keeps_nothing(monkeypatch: py
     assert all(torch.equal(a, b) for a, b in zip(two.lm.model.parameters(), by_hand.model.parameters(), strict=True))
 
 
+def test_the_first_teacher_cannot_score_what_it_never_learned() -> None:
+    with pytest.raises(TableError, match="does not know what is rehearsed"):
+        make_method("selfparam", {"recipe": "small-sequential", "teacher": "first"})
+
+
 def test_kept_pairs_are_trained_again_and_counted() -> None:
     lm = tiny_lm()
     method = make_method("selfparam", {"recipe": QUICK, "ratio": 0.0, "keep": "pairs"})
@@ -175,5 +180,5 @@ def test_recipes_without_rehearsal_keep_the_cells_that_they_had() -> None:
     for cell in cells_of(read_table(Path(__file__).parent.parent / "tables" / "figure2.toml")):
         options = json.loads(cell.settings)["options"]
         if "recipe" in options:
-            assert ("rehearsal" in options["recipe"]) == ("rehearsal" in cell.method.label)
+            assert ("rehearsal" in options["recipe"]) == (cell.method.label == "SELF-PARAM, rehearsal")
         assert options.get("keep") != "nothing"

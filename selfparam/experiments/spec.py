@@ -188,7 +188,7 @@ def settings_of(table: Table, model: ModelSpec, method: MethodSpec) -> str:
     while name:
         authors[name] = asdict(table.authors[name])
         name = table.authors[name].of
-    settings = {
+    settings: dict[str, Any] = {
         "protocol": table.protocol, "data": dict(table.data), "probes": _without_defaults(asdict(table.probes)),
         "seed": table.seed, "questions": table.questions, "model": [model.name, model.dtype],
         "method": method.method, "options": made, "author": method.author, "authors": authors, "pairs": method.pairs,

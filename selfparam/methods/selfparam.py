@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from selfparam.errors import TableError
 from selfparam.inject import inject
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
@@ -43,6 +44,10 @@ class SelfParam:
     teacher: Literal["previous", "first"] = "previous"
     keep: Literal["nothing", "pairs"] = "nothing"
     needs_pairs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.teacher == "first" and self.recipe.rehearsal:
+            raise TableError("the first teacher does not know what is rehearsed: use teacher = 'previous'")
 
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
         start = after.lm if after else lm
