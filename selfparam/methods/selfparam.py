@@ -62,7 +62,7 @@ class SelfParam:
         kept = after.kept if isinstance(after, Keeping) else ()
         chosen[0] = replace(chosen[0], unrelated=(*chosen[0].unrelated, *kept))
         if after and self.recipe.rehearsal:
-            chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, seed=seed,
+            chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
                                       temperature=self.recipe.rehearsal_temperature)
         teacher = lm if self.teacher == "first" and after else None
         found = inject(start, chosen, self.recipe.but(seed=seed), teacher=teacher).lm

@@ -1,8 +1,9 @@
 """Self-rehearsal: what a model writes from memory before it learns something new, so that it keeps what it knows.
 
 Nothing is stored: questions are sampled from the weights, begun with the first words of the step's own questions, and
-answered from the weights; afterwards they are forgotten. What the new context contradicts is left out, so that a
-changed fact can win. Refuses to know training and which contexts were injected before.
+answered from the weights; afterwards they are forgotten. Of many questions those are kept that the model has learned to
+ask since it was the first θ. What the new context contradicts is left out, so that a changed fact can win. Refuses to
+know training and which contexts were injected before.
 Sources: ours; rehearsing a network's own samples is Robins 1995 (pseudo-rehearsal), questions out of an empty user turn
 are Magpie's (arXiv 2406.08464).
 """
@@ -15,13 +16,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from selfparam.lm import LM
 from selfparam.metrics.qa_f1 import tokens
 from selfparam.types import Sentence, TargetSet, content_hash
 
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 24
+DRAWS = 4  # questions written for each that is kept, where the first θ can tell which ones were learned
+SAME_ANSWER = 3  # sentences with the same answer at most: what is asked most often would crowd out the rest
 _WORD = re.compile(r"\w+(?:-\w+)*")
-ROUNDS = 3  # of writing, until enough questions are usable
+_SCORED = 64  # questions scored together
 
 
 @dataclass(frozen=True)
@@ -29,46 +34,84 @@ class Rehearsal:
     """Sentences from memory, and how many were dropped for which reason.
 
     Reasons: "unfinished" (longer than allowed), "no question" (no line of at least three words), "repeated" (the same
-    words), "contradicted" (about the new context, which answers it otherwise).
+    question, or an answer for the fourth time), "not learned" (the first θ would ask it as well), "contradicted" (about
+    the new context, which answers it otherwise).
     """
 
     sentences: tuple[Sentence, ...]
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def add_rehearsed(lm: LM, sets: Sequence[TargetSet], ratio: float, *, temperature: float = 1.0,
+def add_rehearsed(lm: LM, sets: Sequence[TargetSet], ratio: float, *, first: LM | None = None, temperature: float = 1.0,
                   seed: int = 0) -> tuple[list[TargetSet], Rehearsal]:
-    """The same sets with up to `ratio` sentences from memory for each pair among the unrelated ones, and a report."""
+    """The same sets with up to `ratio` sentences from memory for each pair among the unrelated ones, and a report.
+
+    first: θ before anything was injected, where it is at hand.
+    """
     n = round(ratio * sum(len(one.related) for one in sets))
     openings = [s.prompt.split()[0] for one in sets for s in one.related if s.prompt.split()]
     seed = int(content_hash(str(seed), *(one.context.id for one in sets))[:8], 16)  # other samples in every step
-    found = without_contradicted(lm, rehearse(lm, n, openings, temperature=temperature, seed=seed), sets)
+    written = rehearse(lm, n, openings, first=first, temperature=temperature, seed=seed)
+    found = without_contradicted(lm, written, sets)
     shares = [found.sentences[i :: len(sets)] for i in range(len(sets))]
     return [replace(one, unrelated=(*one.unrelated, *part)) for one, part in zip(sets, shares, strict=True)], found
 
 
-def rehearse(lm: LM, n: int, openings: Sequence[str] = (), *, temperature: float = 1.0, seed: int = 0) -> Rehearsal:
+def rehearse(lm: LM, n: int, openings: Sequence[str] = (), *, first: LM | None = None, temperature: float = 1.0,
+             seed: int = 0) -> Rehearsal:
     """Up to n distinct questions that the model samples from memory, with its most likely answers.
 
-    openings: words that questions begin with, in turn; without any, the model begins them itself. temperature: of the
-    questions.
+    openings: words that questions begin with; without any, the model begins them itself. temperature: of the questions.
     """
     rng = random.Random(seed)
+    drawn = n * DRAWS if first else n + n // 4
+    begun = [rng.choice(openings) if openings else "" for _ in range(drawn)]
     questions: dict[tuple[str, ...], str] = {}
     dropped: Counter[str] = Counter()
-    for turn in range(ROUNDS):
-        lacking = n - len(questions)
-        begun = [rng.choice(openings) if openings else "" for _ in range(lacking)]
-        for question, fault in _written(lm, begun, temperature, seed + turn):
-            fault = fault or ("repeated" if tuple(tokens(question)) in questions else "")
-            if fault:
-                dropped[fault] += 1
+    for question, fault in _written(lm, begun, temperature, seed):
+        fault = fault or ("repeated" if tuple(tokens(question)) in questions else "")
+        if fault:
+            dropped[fault] += 1
+        else:
+            questions[tuple(tokens(question))] = question
+    order = list(questions.values())
+    if first:
+        learned = dict(zip(order, _learned(lm, first, order), strict=True))
+        order.sort(key=lambda question: -learned[question])
+    kept: list[Sentence] = []
+    answers: Counter[tuple[str, ...]] = Counter()
+    while len(kept) < n and order:
+        part, order = order[: n - len(kept)], order[n - len(kept) :]
+        for question, answer in zip(part, _answers(lm, part), strict=True):
+            answers[tuple(tokens(answer))] += 1
+            if answer and answers[tuple(tokens(answer))] <= SAME_ANSWER:
+                kept.append(Sentence(question, answer))
             else:
-                questions[tuple(tokens(question))] = question
-    answers = _answers(lm, list(questions.values()))
-    kept = tuple(Sentence(q, a) for q, a in zip(questions.values(), answers, strict=True) if a)
-    dropped["unfinished"] += len(questions) - len(kept)
-    return Rehearsal(kept, dict(+dropped))
+                dropped["repeated" if answer else "unfinished"] += 1
+    dropped["not learned" if first else "not needed"] += len(order)
+    return Rehearsal(tuple(kept), dict(+dropped))
+
+
+@torch.no_grad()
+def _learned(lm: LM, first: LM, questions: Sequence[str]) -> list[float]:
+    """log P_θ(q) - log P_first(q) of each question without any context, in nats."""
+    found: list[float] = []
+    for start in range(0, len(questions), _SCORED):
+        rows = []
+        for question in questions[start : start + _SCORED]:
+            head = lm.prefix(None)
+            rows.append(([*head, *lm.question(question)], len(head)))
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row, _ in rows], device=lm.device)
+        gain = _log_probs(lm, ids) - _log_probs(first, ids)
+        found += [float(gain[i, begin - 1 : len(row) - 1].sum()) for i, (row, begin) in enumerate(rows)]
+    return found
+
+
+def _log_probs(lm: LM, ids: torch.Tensor) -> torch.Tensor:
+    """[B, T - 1]: log-probability of every token but the first, in nats. Padding behind a row changes nothing in it."""
+    logits = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits[:, :-1].float()
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(lm.device))[..., 0].to(ids.device)
 
 
 def without_contradicted(lm: LM, written: Rehearsal, sets: Sequence[TargetSet]) -> Rehearsal:
