@@ -177,13 +177,25 @@ def with_unrelated(lm: LM, sets: Sequence[TargetSet], journal: Journal, *, sourc
     return [one if one.unrelated else next(added) for one in sets]
 
 
-def with_rehearsed(lm: LM, sets: Sequence[TargetSet], journal: Journal, recipe: Recipe) -> list[TargetSet]:
-    """With sentences that the model writes from memory, for an injection that follows others."""
-    if not recipe.rehearsal:
-        return list(sets)
+def first_of(history: Sequence[dict[str, Any]], journal: Journal, *, device: str = "auto") -> LM | None:
+    """The model before the first injection of a directory's history; None where it is not at hand, which is noted."""
+    base = history[0]["base"]
+    try:
+        first = load(str(base["name"]), journal, device=device, offline=True)
+        if first.parameters == base["parameters"]:
+            return first
+    except ModelError:
+        pass
+    journal.note(f"'{base['name']}' is not at hand to tell what was learned since: rehearsing all that is written")
+    return None
+
+
+def with_rehearsed(lm: LM, sets: Sequence[TargetSet], journal: Journal, recipe: Recipe,
+                   first: LM | None = None) -> list[TargetSet]:
+    """With sentences that the model writes from memory, for an injection that follows others. first: θ before those."""
     with journal.step("writing from memory"):
-        added, found = add_rehearsed(lm, sets, recipe.rehearsal, temperature=recipe.rehearsal_temperature,
-                                     seed=recipe.seed)
+        added, found = add_rehearsed(lm, sets, recipe.rehearsal, first=first,
+                                     temperature=recipe.rehearsal_temperature, seed=recipe.seed)
     reasons = ", ".join(f"{n} {why}" for why, n in found.dropped.items())
     journal.note(f"{len(found.sentences)} sentences from memory" + (f" (dropped: {reasons})" if reasons else ""))
     return added

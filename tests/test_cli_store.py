@@ -95,7 +95,7 @@ def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
         summed = PeftModel.from_pretrained(base, "lora")(ids).logits
     assert torch.allclose(summed, expected, atol=1e-4) and not torch.allclose(before, expected, atol=1e-2)
     code, out, err = run("inject", "model", "lamp.txt", "--author", "lamp.jsonl", "--unrelated", "packaged",
-                         "--epochs", "1", "--out", "further")
+                         "--epochs", "1", "--out", "further", "--rehearsal", "1")
     assert code == 0, err
 
     assert run("rollback", "st")[0] == 0 and len(store.lineage()) == 2

@@ -17,7 +17,8 @@ from selfparam.inject import inject
 from selfparam.lm import LM
 from selfparam.methods import make_method, selfparam
 from selfparam.metrics.forgetting import backward_transfer, forgetting
-from selfparam.targets.rehearsal import Rehearsal, add_rehearsed, rehearse, without_contradicted
+from selfparam.targets import rehearsal
+from selfparam.targets.rehearsal import DRAWS, Rehearsal, _learned, add_rehearsed, rehearse, without_contradicted
 from selfparam.types import PAPER_SEQUENTIAL, SMALL, SMALL_SEQUENTIAL, Context, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
@@ -53,20 +54,51 @@ def test_what_cannot_be_used_is_dropped_and_counted(monkeypatch: pytest.MonkeyPa
     lm = tiny_lm(chat=True)
     endless = " and so on" * 60
     texts = [" keeps the lamp? And more", " keeps the lamp?", "cument: a text", " ever", endless, " sails the boat?",
-             " kept it all"]
+             " kept it all", " was it?", " was that?"]
     scripted(monkeypatch, lm, texts, {"lamp": "Mara", "sails": endless})
-    found = rehearse(lm, 3, ["Who"])
-    assert found.sentences == (Sentence("Who keeps the lamp?", "Mara"), Sentence("Who kept it all", "yes"))
-    # three in the first round, then two, then two, of which one has an answer without an end
+    found = rehearse(lm, 7, ["Who"])  # asks for a quarter more than it needs
+    yes = ("Who kept it all", "Who was it?", "Who was that?")
+    assert found.sentences == (Sentence("Who keeps the lamp?", "Mara"), *(Sentence(q, "yes") for q in yes))
     assert found.dropped == {"repeated": 1, "no question": 2, "unfinished": 2}
+
+
+def test_the_same_answer_does_not_crowd_out_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm(chat=True)
+    scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(10)], {"4": "no"})
+    found = rehearse(lm, 8, ["Who"])
+    assert [s.completion for s in found.sentences] == ["yes", "yes", "yes", "no"]
+    assert found.dropped == {"repeated": 6}
+
+
+def test_learned_is_what_the_first_model_would_not_ask() -> None:
+    lm, first = tiny_lm(chat=True, seed=1), tiny_lm(chat=True)
+    questions = ["Who keeps the red lamp?", "Who sails?", "When was it that the harbour was built by Tom?"]
+    for question, gain in zip(questions, _learned(lm, first, questions), strict=True):
+        head, ids = lm.prefix(None), lm.question(question)
+        by_hand = 0.0
+        for model, sign in ((lm.model, 1), (first.model, -1)):
+            with torch.no_grad():
+                log_p = model(torch.tensor([[*head, *ids]])).logits[0].double().log_softmax(-1)
+            by_hand += sign * sum(float(log_p[len(head) + k - 1, t]) for k, t in enumerate(ids))
+        assert gain == pytest.approx(by_hand, abs=1e-3)  # rows of other lengths beside it change nothing
+
+
+def test_learned_questions_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
+    scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(DRAWS * 2)], {"5": "five", "3": "three"})
+    monkeypatch.setattr(rehearsal, "_learned",
+                        lambda *given: [float("number 5" in q) + 2 * float("number 3" in q) for q in given[2]])
+    found = rehearse(lm, 2, ["Who"], first=first)
+    assert [s.completion for s in found.sentences] == ["three", "five"]
+    assert found.dropped == {"not learned": DRAWS * 2 - 2}
 
 
 def test_questions_begin_as_those_at_hand_and_no_context_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     for chat, begins in ((True, "<|begin|><|user|>"), (False, "<|begin|>Question: ")):
         lm = tiny_lm(chat=chat)
-        prompts = scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(6)], {})
+        prompts = scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(7)], {str(i): str(i) for i in range(7)})
         sets, found = add_rehearsed(lm, [SET], 3.0)
-        assert len(found.sentences) == 6 and found.dropped == {}
+        assert len(found.sentences) == 6 and found.dropped == {"not needed": 1}
         assert {p for batch in prompts for p in batch} <= {f"{begins}Who", f"{begins}When"}
         assert sets[0].unrelated == found.sentences and sets[0].related == SET.related
         assert all(s.about is None for s in found.sentences)

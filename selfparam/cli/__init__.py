@@ -226,7 +226,7 @@ def inject(
                     changes={"train": train, "epochs": epochs, "lr": lr, "objective": objective, "seed": seed,
                              "rehearsal": rehearsal},
                     questions=questions, probes=probes, adapter=adapter, offline=offline, dtype=dtype, device=device,
-                    force=force, follows=bool(history),
+                    force=force, history=history,
                 ), contexts, store, out, journal)
             injecting.save_job(place, job)
         injecting.finish(job, lm, store, out, place, journal, machine, command=f"{command} --resume",
