@@ -96,7 +96,8 @@ def test_learned_questions_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_questions_begin_as_those_at_hand_and_no_context_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     for chat, begins in ((True, "<|begin|><|user|>"), (False, "<|begin|>Question: ")):
         lm = tiny_lm(chat=chat)
-        prompts = scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(7)], {str(i): str(i) for i in range(7)})
+        answers = {str(i): str(i) for i in range(7)}
+        prompts = scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(7)], answers)
         sets, found = add_rehearsed(lm, [SET], 3.0)
         assert len(found.sentences) == 6 and found.dropped == {"not needed": 1}
         assert {p for batch in prompts for p in batch} <= {f"{begins}Who", f"{begins}When"}

@@ -102,7 +102,7 @@ def _learned(lm: LM, first: LM, questions: Sequence[str]) -> list[float]:
             head = lm.prefix(None)
             rows.append(([*head, *lm.question(question)], len(head)))
         width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row, _ in rows], device=lm.device)
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row, _ in rows])
         gain = _log_probs(lm, ids) - _log_probs(first, ids)
         found += [float(gain[i, begin - 1 : len(row) - 1].sum()) for i, (row, begin) in enumerate(rows)]
     return found
@@ -110,8 +110,9 @@ def _learned(lm: LM, first: LM, questions: Sequence[str]) -> list[float]:
 
 def _log_probs(lm: LM, ids: torch.Tensor) -> torch.Tensor:
     """[B, T - 1]: log-probability of every token but the first, in nats. Padding behind a row changes nothing in it."""
-    logits = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits[:, :-1].float()
-    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(lm.device))[..., 0].to(ids.device)
+    ids = ids.to(lm.device)
+    logits: torch.Tensor = lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
 
 
 def without_contradicted(lm: LM, written: Rehearsal, sets: Sequence[TargetSet]) -> Rehearsal:
