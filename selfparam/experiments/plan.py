@@ -94,7 +94,7 @@ def operations(table: Table, method: MethodSpec, size: float, n: int) -> float:
     if recipe is None:
         return reading
     pairs = max([table.authors[method.author].pairs] if method.author else [0])
-    tokens = n * (method.pairs or pairs) * 2 * SENTENCE_TOKENS or n * CONTEXT_TOKENS
+    tokens = n * (method.pairs or pairs) * (2 + recipe.rehearsal) * SENTENCE_TOKENS or n * CONTEXT_TOKENS
     teacher = n * CONTEXT_TOKENS + tokens
     return reading + 6 * size * tokens * recipe.epochs + 2 * size * teacher
 

@@ -26,7 +26,7 @@ QUESTION_TOKENS, ANSWER_TOKENS = 40, 24
 DRAWS = 4  # questions written for each that is kept, where the first θ can tell which ones were learned
 SAME_ANSWER = 3  # sentences with the same answer at most: what is asked most often would crowd out the rest
 _WORD = re.compile(r"\w+(?:-\w+)*")
-_SCORED = 64  # questions scored together
+_SCORED = 16  # questions scored together: whole vocabularies are large
 
 
 @dataclass(frozen=True)
