@@ -454,9 +454,10 @@ def test_commands(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
     assert table.results.exists()
 
 
-@pytest.mark.parametrize(("kind", "says"), [('kind = "world"', "data.kind = 'world' is none of worlds, revisits, pwc, jsonl"),
-                                            ('kind = "jsonl"', "needs a path"),
-                                            ('kind = "worlds"\nsize = 3', "data of the kind 'worlds' has no 'size'")])
+@pytest.mark.parametrize(("kind", "says"),
+                         [('kind = "world"', "data.kind = 'world' is none of worlds, revisits, pwc, jsonl"),
+                          ('kind = "jsonl"', "needs a path"),
+                          ('kind = "worlds"\nsize = 3', "data of the kind 'worlds' has no 'size'")])
 def test_wrong_data_is_named(tmp_path: Path, model: str, kind: str, says: str) -> None:
     table = make(tmp_path, model, BASE)
     path = tmp_path / "tables" / "t.toml"

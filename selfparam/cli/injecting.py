@@ -87,10 +87,8 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
     sets, _ = steps.without_questions(sets, [*asked, *probes], journal)
     sets = steps.with_unrelated(lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)
     if follows and recipe.rehearsal:
-        if store and parent:
-            first = learn.load_snapshot(store, store.lineage(parent.id)[0], journal, wish.device)
-        else:
-            first = steps.first_of(wish.history, journal, device=wish.device)
+        first = (learn.load_snapshot(store, store.lineage(parent.id)[0], journal, wish.device) if store and parent
+                 else steps.first_of(wish.history, journal, device=wish.device))
         sets = steps.with_rehearsed(lm, sets, journal, recipe, first)
     job = Job(
         id=secrets.token_hex(16), model=wish.model, sets=tuple(sets), recipe=recipe, parent=parent.id if parent else "",
