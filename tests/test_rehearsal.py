@@ -70,11 +70,12 @@ def test_the_same_answer_does_not_crowd_out_the_rest(monkeypatch: pytest.MonkeyP
     assert found.dropped == {"repeated": 6}
 
 
-def test_learned_is_what_the_first_model_would_not_ask() -> None:
+def test_learned_is_what_the_first_model_would_not_say() -> None:
     lm, first = tiny_lm(chat=True, seed=1), tiny_lm(chat=True)
-    questions = ["Who keeps the red lamp?", "Who sails?", "When was it that the harbour was built by Tom?"]
-    for question, gain in zip(questions, _learned(lm, first, questions), strict=True):
-        head, ids = lm.prefix(None), lm.question(question)
+    written = [Sentence("Who keeps the red lamp?", "Mara"), Sentence("Who sails?", "Tom"),
+               Sentence("When was it that the harbour was built by Tom?", "in 1904, as far as we know")]
+    for sentence, gain in zip(written, _learned(lm, first, written), strict=True):
+        head, ids = lm.prefix(None), lm.sentence(sentence)[0]
         by_hand = 0.0
         for model, sign in ((lm.model, 1), (first.model, -1)):
             with torch.no_grad():
@@ -83,14 +84,14 @@ def test_learned_is_what_the_first_model_would_not_ask() -> None:
         assert gain == pytest.approx(by_hand, abs=1e-3)  # rows of other lengths beside it change nothing
 
 
-def test_learned_questions_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learned_sentences_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
     scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(DRAWS * 2)], {"5": "five", "3": "three"})
     monkeypatch.setattr(rehearsal, "_learned",
-                        lambda *given: [float("number 5" in q) + 2 * float("number 3" in q) for q in given[2]])
+                        lambda *given: [{"five": 1.0, "three": 2.0}.get(s.completion, 0.0) for s in given[2]])
     found = rehearse(lm, 2, ["Who"], first=first)
     assert [s.completion for s in found.sentences] == ["three", "five"]
-    assert found.dropped == {"not learned": DRAWS * 2 - 2}
+    assert found.dropped == {"not needed": 3, "repeated": DRAWS * 2 - 5}  # "yes" again and again
 
 
 def test_questions_begin_as_those_at_hand_and_no_context_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

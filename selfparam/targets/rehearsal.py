@@ -1,8 +1,8 @@
 """Self-rehearsal: what a model writes from memory before it learns something new, so that it keeps what it knows.
 
 Nothing is stored: questions are sampled from the weights, begun with the first words of the step's own questions, and
-answered from the weights; afterwards they are forgotten. Of many questions those are kept that the model has learned to
-ask since it was the first θ. What the new context contradicts is left out, so that a changed fact can win. Refuses to
+answered from the weights; afterwards they are forgotten. Of many sentences those are kept that the model has learned
+since it was the first θ. What the new context contradicts is left out, so that a changed fact can win. Refuses to
 know training and which contexts were injected before.
 Sources: ours; rehearsing a network's own samples is Robins 1995 (pseudo-rehearsal), questions out of an empty user turn
 are Magpie's (arXiv 2406.08464).
@@ -23,10 +23,10 @@ from selfparam.metrics.qa_f1 import tokens
 from selfparam.types import Sentence, TargetSet, content_hash
 
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 24
-DRAWS = 4  # questions written for each that is kept, where the first θ can tell which ones were learned
+DRAWS = 4  # sentences written for each that is kept, where the first θ can tell which ones were learned
 SAME_ANSWER = 3  # sentences with the same answer at most: what is asked most often would crowd out the rest
 _WORD = re.compile(r"\w+(?:-\w+)*")
-_SCORED = 16  # questions scored together: whole vocabularies are large
+_SCORED = 16  # sentences scored together: whole vocabularies are large
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Rehearsal:
     """Sentences from memory, and how many were dropped for which reason.
 
     Reasons: "unfinished" (longer than allowed), "no question" (no line of at least three words), "repeated" (the same
-    question, or an answer for the fourth time), "not learned" (the first θ would ask it as well), "contradicted" (about
-    the new context, which answers it otherwise).
+    question, or an answer for the fourth time), "not needed" (there were enough, or others differed more from what the
+    first θ says), "contradicted" (about the new context, which answers it otherwise).
     """
 
     sentences: tuple[Sentence, ...]
@@ -75,32 +75,32 @@ def rehearse(lm: LM, n: int, openings: Sequence[str] = (), *, first: LM | None =
         else:
             questions[tuple(tokens(question))] = question
     order = list(questions.values())
+    written = [Sentence(q, a) for q, a in zip(order, _answers(lm, order), strict=True) if a]
+    dropped["unfinished"] += len(order) - len(written)
     if first:
-        learned = dict(zip(order, _learned(lm, first, order), strict=True))
-        order.sort(key=lambda question: -learned[question])
+        learned = dict(zip(written, _learned(lm, first, written), strict=True))
+        written.sort(key=lambda s: -learned[s])
     kept: list[Sentence] = []
     answers: Counter[tuple[str, ...]] = Counter()
-    while len(kept) < n and order:
-        part, order = order[: n - len(kept)], order[n - len(kept) :]
-        for question, answer in zip(part, _answers(lm, part), strict=True):
-            answers[tuple(tokens(answer))] += 1
-            if answer and answers[tuple(tokens(answer))] <= SAME_ANSWER:
-                kept.append(Sentence(question, answer))
-            else:
-                dropped["repeated" if answer else "unfinished"] += 1
-    dropped["not learned" if first else "not needed"] += len(order)
+    for sentence in written:
+        answer = tuple(tokens(sentence.completion))
+        answers[answer] += 1
+        if answers[answer] > SAME_ANSWER:
+            dropped["repeated"] += 1
+        elif len(kept) == n:
+            dropped["not needed"] += 1
+        else:
+            kept.append(sentence)
     return Rehearsal(tuple(kept), dict(+dropped))
 
 
 @torch.no_grad()
-def _learned(lm: LM, first: LM, questions: Sequence[str]) -> list[float]:
-    """log P_θ(q) - log P_first(q) of each question without any context, in nats."""
+def _learned(lm: LM, first: LM, sentences: Sequence[Sentence]) -> list[float]:
+    """log P_θ(s) - log P_first(s) of each sentence without any context, in nats."""
     found: list[float] = []
-    for start in range(0, len(questions), _SCORED):
-        rows = []
-        for question in questions[start : start + _SCORED]:
-            head = lm.prefix(None)
-            rows.append(([*head, *lm.question(question)], len(head)))
+    head = lm.prefix(None)
+    for start in range(0, len(sentences), _SCORED):
+        rows = [([*head, *lm.sentence(s)[0]], len(head)) for s in sentences[start : start + _SCORED]]
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row, _ in rows])
         gain = _log_probs(lm, ids) - _log_probs(first, ids)
