@@ -38,8 +38,19 @@ from selfparam.targets import (
     write_pairs,
 )
 from selfparam.targets.files import numbered_lines, text_of
+from selfparam.targets.rehearsal import add_rehearsed
 from selfparam.targets.unrelated import NEIGHBOUR_SHARE, RATIO, add_unrelated, packaged
-from selfparam.types import FAST, PAPER, SMALL, Context, Question, Recipe, Sentence, TargetSet
+from selfparam.types import (
+    FAST,
+    PAPER,
+    SMALL,
+    SMALL_SEQUENTIAL,
+    Context,
+    Question,
+    Recipe,
+    Sentence,
+    TargetSet,
+)
 
 #: Models below this number of parameters are trained with SMALL where the recipe is "auto".
 FEW_PARAMETERS = 200e6
@@ -62,10 +73,14 @@ def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "aut
             raise ModelError(f"cannot put '{name}' on the device '{device}' ({reason}): try --device cpu") from error
 
 
-def choose_recipe(lm: LM, name: str, **changes: Any) -> Recipe:
-    """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out."""
-    auto = SMALL if lm.parameters < FEW_PARAMETERS else PAPER
-    return {"paper": PAPER, "fast": FAST, "small": SMALL, "auto": auto}[name].but(
+def choose_recipe(lm: LM, name: str, *, follows: bool = False, **changes: Any) -> Recipe:
+    """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out.
+
+    follows: something was injected before, which a small model rehearses.
+    """
+    small = SMALL_SEQUENTIAL if follows else SMALL
+    auto = small if lm.parameters < FEW_PARAMETERS else PAPER
+    return {"paper": PAPER, "fast": FAST, "small": small, "auto": auto}[name].but(
         **{key: value for key, value in changes.items() if value is not None})
 
 
@@ -171,6 +186,30 @@ def with_unrelated(lm: LM, sets: Sequence[TargetSet], journal: Journal, *, sourc
     with journal.step("finding unrelated sentences"):
         added = iter(add_unrelated(lm, lacking, ratio=ratio, neighbour_share=share, source=source, seed=recipe.seed))
     return [one if one.unrelated else next(added) for one in sets]
+
+
+def first_of(history: Sequence[dict[str, Any]], journal: Journal, *, device: str = "auto") -> LM | None:
+    """The model before the first injection of a directory's history; None where it is not at hand, which is noted."""
+    base = history[0]["base"]
+    try:
+        first = load(str(base["name"]), journal, device=device, offline=True)
+        if first.parameters == base["parameters"]:
+            return first
+    except ModelError:
+        pass
+    journal.note(f"'{base['name']}' is not at hand to tell what was learned since: rehearsing all that is written")
+    return None
+
+
+def with_rehearsed(lm: LM, sets: Sequence[TargetSet], journal: Journal, recipe: Recipe,
+                   first: LM | None = None) -> list[TargetSet]:
+    """With sentences that the model writes from memory, for an injection that follows others. first: θ before those."""
+    with journal.step("writing from memory"):
+        added, found = add_rehearsed(lm, sets, recipe.rehearsal, first=first,
+                                     temperature=recipe.rehearsal_temperature, seed=recipe.seed)
+    reasons = ", ".join(f"{n} {why}" for why, n in found.dropped.items())
+    journal.note(f"{len(found.sentences)} sentences from memory" + (f" (dropped: {reasons})" if reasons else ""))
+    return added
 
 
 # --- questions -------------------------------------------------------------------------------------------------------

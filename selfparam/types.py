@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Objective = Literal["kl", "next-word"]
-Train = Literal["lora", "mlp", "full"]
+Train = Literal["lora", "mlp", "full", "osf"]
 
 
 def content_hash(*parts: str) -> str:
@@ -80,11 +80,13 @@ class Recipe:
     """How θ becomes θ'. Learning rates are per optimiser step, lengths in tokens.
 
     objective          "kl" = Eq. 2; "next-word" = cross-entropy on the sentence's own tokens (the FT baselines)
-    train              "lora" (merged afterwards), "mlp" (MLP matrices only) or "full"
+    train              "lora" (merged afterwards), "mlp" (MLP matrices only), "full", "osf" (peft's orthogonal subspace)
     teacher_sees_x     for unrelated sentences: True is Eq. 2 to the letter, False lets them hold the model where it was
     loss_on            "pair": every token of s; "answer": only the completion
     unrelated_weight   factor on the loss of unrelated sentences
     batch_tokens       student tokens in one optimiser step (rows are packed whole)
+    rehearsal          sentences from memory for each pair, in injections that follow others (targets/rehearsal.py)
+    rehearsal_temperature   of their questions; answers are the most likely ones
     top_k              what is kept of the teacher: 0 its last hidden states (the exact KL over the vocabulary); k the
                        probabilities of its k likeliest tokens and of the rest together
     held_out           share of the related sentences that is not trained on but measured after every epoch; 0 none
@@ -108,6 +110,8 @@ class Recipe:
     teacher_sees_x: bool = True
     loss_on: Literal["pair", "answer"] = "pair"
     unrelated_weight: float = 1.0
+    rehearsal: float = 0.0
+    rehearsal_temperature: float = 1.0
     top_k: int = 0
     held_out: float = 0.0
     patience: int = 2
@@ -145,3 +149,6 @@ SMALL = Recipe(
     teacher_sees_x=False,
     loss_on="answer",
 )
+#: For the next injection into such a model: what it writes from memory holds what it has learned. All tokens of a pair
+#: are trained, questions too: a model rehearses only what it would ask by itself.
+SMALL_SEQUENTIAL = SMALL.but(rehearsal=3.0, loss_on="pair", batch_tokens=384)

@@ -65,10 +65,12 @@ def make(run: Run, *more: str) -> Store:
 def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
     store = make(run)
     first = store.head or ""
-    assert learn(run, "lamp")[0] == 0
-    code, out, err = learn(run, "boat", "--probes", "probes.jsonl", "--json")
+    code, out, err = learn(run, "lamp", "--json")
+    assert code == 0 and "from memory" not in out, err  # nothing was injected before
+    code, out, err = learn(run, "boat", "--probes", "probes.jsonl", "--rehearsal", "1", "--json")
     assert code == 0, err
     said = json.loads(out)
+    assert any("sentences from memory" in note for note in said["notes"]) and said["recipe"]["rehearsal"] == 1
     assert said["snapshot"] == store.head and said["guard"]["measured"]["probes"] == 1
     assert said["guard"]["measured"]["decay"] is not None  # the hash of the question is known from the day before
     assert [x["source"] for x in said["contexts"]] == ["boat.txt"]
@@ -93,7 +95,7 @@ def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
         summed = PeftModel.from_pretrained(base, "lora")(ids).logits
     assert torch.allclose(summed, expected, atol=1e-4) and not torch.allclose(before, expected, atol=1e-2)
     code, out, err = run("inject", "model", "lamp.txt", "--author", "lamp.jsonl", "--unrelated", "packaged",
-                         "--epochs", "1", "--out", "further")
+                         "--epochs", "1", "--out", "further", "--rehearsal", "1")
     assert code == 0, err
 
     assert run("rollback", "st")[0] == 0 and len(store.lineage()) == 2

@@ -276,6 +276,49 @@ def test_sequences_fold_and_the_matrix_is_what_was_known_when(tmp_path: Path, mo
         draw(single, {}, tmp_path / "g.png")
 
 
+@dataclass(frozen=True)
+class Forgets(Knows):
+    """Knows the last two contexts only."""
+
+    def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
+        Knows.calls.append(len(sets))
+        earlier = after.ids if isinstance(after, Knowing) else []
+        return Knowing(lm, [*earlier, *(s.context.id for s in sets)][-2:])  # type: ignore[arg-type]
+
+
+def test_days_of_two_contexts_with_forgetting_and_probes_along(tmp_path: Path, model: str,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "knows", Forgets)
+    more = "per_step = 2\nask_at = [0, 4]\n"
+    table = make(tmp_path, model, KNOWS, "sequential", 5, more)
+    text = (tmp_path / "tables" / "t.toml").read_text().replace("passages = 1", "passages = 1\nalong = true")
+    (tmp_path / "tables" / "t.toml").write_text(text)
+    table = read_table(tmp_path / "tables" / "t.toml")
+    run_table(table)
+    [row] = lines(table)
+    assert Knows.calls == [2, 2, 1]
+    assert row["steps"] == [0, 4, 5] and row["learned"] == [1] * 5 and row["just"] == 1
+    assert row["matrix"][1][:4] == [0, 0, 1, 1] and row["matrix"][2] == [0, 0, 0, 1, 1]
+    assert row["forgetting"] == row["bwt"] * -1 == 0.75  # of the four contexts before the last step, one is known
+    assert {len(values) for values in row["along"].values()} == {3}
+    [line] = blocks_of(table, rows.read_rows(table.results))[0].lines
+    assert line.step == pytest.approx(row["seconds"]["absorb"] / 3) and line.forgetting == 0.75
+    text = (tmp_path / "tables" / "t.toml").read_text().replace("ask_at = [0, 4]", "ask_at = [3]")
+    (tmp_path / "tables" / "t.toml").write_text(text)
+    with pytest.raises(TableError, match="multiples of it"):
+        read_table(tmp_path / "tables" / "t.toml")
+
+
+def test_changed_facts_are_counted_by_their_new_and_old_values(tmp_path: Path, model: str) -> None:
+    table = make(tmp_path, model, KNOWS, "sequential", 4)
+    text = (tmp_path / "tables" / "t.toml").read_text()
+    text = text.replace('kind = "worlds"\nfacts = [2]', 'kind = "revisits"\napart = 2\nfacts = 2\nchanged = true')
+    (tmp_path / "tables" / "t.toml").write_text(text)
+    run_table(read_table(tmp_path / "tables" / "t.toml"))
+    [row] = lines(table)
+    assert (row["new"], row["old"]) == (1, 0)  # the toy knows the later contexts
+
+
 REAL = """
 [[methods]]
 label = "{label}"
@@ -447,9 +490,10 @@ def test_commands(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
     assert table.results.exists()
 
 
-@pytest.mark.parametrize(("kind", "says"), [('kind = "world"', "data.kind = 'world' is none of worlds, pwc, jsonl"),
-                                            ('kind = "jsonl"', "needs a path"),
-                                            ('kind = "worlds"\nsize = 3', "data of the kind 'worlds' has no 'size'")])
+@pytest.mark.parametrize(("kind", "says"),
+                         [('kind = "world"', "data.kind = 'world' is none of worlds, revisits, pwc, jsonl"),
+                          ('kind = "jsonl"', "needs a path"),
+                          ('kind = "worlds"\nsize = 3', "data of the kind 'worlds' has no 'size'")])
 def test_wrong_data_is_named(tmp_path: Path, model: str, kind: str, says: str) -> None:
     table = make(tmp_path, model, BASE)
     path = tmp_path / "tables" / "t.toml"

@@ -150,6 +150,9 @@ def inject(
     lr: Annotated[float | None, typer.Option(min=0.0, help="Learning rate, instead of the recipe's.")] = None,
     objective: Annotated[Objective | None, typer.Option(
         help="kl: SELF-PARAM; next-word: plain fine-tuning on the same sentences.")] = None,
+    rehearsal: Annotated[float | None, typer.Option(
+        min=0.0, help="Sentences that the model writes from memory for each pair, where something was injected before; "
+                      "not given: 5 for small models, else none.", show_default=False)] = None,
     questions: Annotated[str | None, typer.Option(help=_QUESTIONS_HELP)] = None,
     adapter: Annotated[bool, typer.Option(
         "--adapter", help="Write the LoRA weights alone too, to adapter/, as peft reads them.")] = False,
@@ -220,9 +223,10 @@ def inject(
                 injecting.Wishes(
                     model=model, targets=targets, pairs=pairs, author=author, endpoint=endpoint,
                     endpoint_model=author_model, prompt=prompt, unrelated=unrelated, ratio=ratio, recipe=recipe,
-                    changes={"train": train, "epochs": epochs, "lr": lr, "objective": objective, "seed": seed},
+                    changes={"train": train, "epochs": epochs, "lr": lr, "objective": objective, "seed": seed,
+                             "rehearsal": rehearsal},
                     questions=questions, probes=probes, adapter=adapter, offline=offline, dtype=dtype, device=device,
-                    force=force,
+                    force=force, history=history,
                 ), contexts, store, out, journal)
             injecting.save_job(place, job)
         injecting.finish(job, lm, store, out, place, journal, machine, command=f"{command} --resume",

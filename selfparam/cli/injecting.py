@@ -32,7 +32,10 @@ _PROBES = 8  # training sentences on which the written model is compared with th
 
 @dataclass(frozen=True)
 class Wishes:
-    """The options of `inject` that shape the training, as they were given. changes: of the recipe, None = unchanged."""
+    """The options of `inject` that shape the training, as they were given. changes: of the recipe, None = unchanged.
+
+    history: the injections that the model directory has behind it.
+    """
 
     model: str
     targets: str | None
@@ -52,6 +55,7 @@ class Wishes:
     dtype: str
     device: str
     force: bool
+    history: list[dict[str, Any]]
 
 
 def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out: str | None, journal: Journal
@@ -74,13 +78,18 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         lm = steps.load(wish.model, journal, dtype=wish.dtype, device=wish.device, offline=wish.offline)
         check_out(str(out), needed=steps.weight_bytes(lm))
         surprise = None
-    recipe = steps.choose_recipe(lm, wish.recipe, **wish.changes)
+    follows = bool(wish.history or (parent and parent.parent))
+    recipe = steps.choose_recipe(lm, wish.recipe, follows=follows, **wish.changes)
     sets = sets or steps.written_sets(
         lm, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
         offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,
     )
     sets, _ = steps.without_questions(sets, [*asked, *probes], journal)
     sets = steps.with_unrelated(lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)
+    if follows and recipe.rehearsal:
+        first = (learn.load_snapshot(store, store.lineage(parent.id)[0], journal, wish.device) if store and parent
+                 else steps.first_of(wish.history, journal, device=wish.device))
+        sets = steps.with_rehearsed(lm, sets, journal, recipe, first)
     job = Job(
         id=secrets.token_hex(16), model=wish.model, sets=tuple(sets), recipe=recipe, parent=parent.id if parent else "",
         held_out=(Path(wish.questions).name, tuple(asked)) if wish.questions else None,

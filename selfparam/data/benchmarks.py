@@ -1,4 +1,4 @@
-"""Names of benchmarks -> Benchmark: worlds (runs anywhere), pwc (the paper's), jsonl (any set of contexts, questions).
+"""Names of benchmarks -> Benchmark: worlds, revisits (run anywhere), pwc (the paper's), jsonl (any set of your own).
 
 Refuses to know models and experiments; where lengths count, the caller gives the function that counts tokens.
 Source: arXiv 2410.00487, section 4.1; worlds.py for the fictional ones.
@@ -11,9 +11,8 @@ from pathlib import Path
 
 from selfparam.data import pwc, qa, worlds
 from selfparam.data.items import Benchmark, Count, Item
+from selfparam.data.revisits import FRESH_SEED, revisits
 from selfparam.errors import ContextError
-
-FRESH_SEED = 99  # of worlds that are only read, never injected
 
 
 def fictional(n: int, fresh: int, count: Count, *, seed: int = 0, wordings: worlds.Wordings = "known",
@@ -58,4 +57,6 @@ def from_pwc(n: int, fresh: int, count: Count, *, path: str | None = None, answe
                      tokens=tokens)
 
 
-BENCHMARKS: dict[str, Callable[..., Benchmark]] = {"worlds": fictional, "pwc": from_pwc, "jsonl": from_file}
+BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
+    "worlds": fictional, "revisits": revisits, "pwc": from_pwc, "jsonl": from_file,
+}

@@ -1,7 +1,7 @@
 """What a benchmark hands to an experiment: contexts with their questions, and the other data sets' common shape.
 
 Refuses to know where items come from, models and training. Source: arXiv 2410.00487, section 4.1 (context, question,
-answer); `pairs` and `elsewhere` are ours.
+answer); the rest is ours.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ class Item:
 
     pairs: question-answer pairs that are right by construction (fictional worlds only).
     elsewhere: the same questions about other subjects with this context's answers, so that a hit is a leak.
+    changed, outdated: questions on facts that an earlier context told otherwise, with the new and with the old answer.
     """
 
     context: Context
     questions: tuple[Question, ...]
     pairs: tuple[Sentence, ...] = ()
     elsewhere: tuple[Question, ...] = ()
+    changed: tuple[Question, ...] = ()
+    outdated: tuple[Question, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,6 @@ class Benchmark:
 
 
 def _texts(item: Item) -> Sequence[str]:
-    asked = [[q.text, *q.answers] for q in (*item.questions, *item.elsewhere)]
+    asked = [[q.text, *q.answers] for q in (*item.questions, *item.elsewhere, *item.outdated)]
     told = [[s.prompt, s.completion] for s in item.pairs]
     return (item.context.text, json.dumps([asked, told], ensure_ascii=False))

@@ -234,9 +234,13 @@ def known_questions(n: int, seed: int = 0) -> tuple[Question, ...]:
 
 
 def _domain_item(slots: Slots, wordings: Wordings, facts: int) -> WorldContext:
-    rng = slots.rng
-    domain = rng.choice(domains())
-    item = subject(slots, domain, facts)
+    domain = slots.rng.choice(domains())
+    return item_of(slots, subject(slots, domain, facts), wordings)
+
+
+def item_of(slots: Slots, item: Subject, wordings: Wordings) -> WorldContext:
+    """A context that tells the subject's facts, pairs about them, and questions in the order of the facts."""
+    rng, domain = slots.rng, item.domain
     context = Context(render(item, rng, wordings), title=item.name, source=f"worlds/{domain.name}")
     pairs, questions, elsewhere, neighbours = [], [], [], []
     for fact in item.facts:

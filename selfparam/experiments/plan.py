@@ -20,7 +20,7 @@ from selfparam.methods.selfparam import SelfParam
 from selfparam.types import Recipe
 
 CONTEXT_TOKENS, SENTENCE_TOKENS, QUESTIONS, PROMPT_TOKENS = 500, 30, 2.25, 60
-MLP_SHARE, LORA_SHARE = 0.6, 0.003  # of the parameters that are trained
+MLP_SHARE, OSF_SHARE, LORA_SHARE = 0.6, 0.5, 0.003  # of the parameters that are trained
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def operations(table: Table, method: MethodSpec, size: float, n: int) -> float:
     if recipe is None:
         return reading
     pairs = max([table.authors[method.author].pairs] if method.author else [0])
-    tokens = n * (method.pairs or pairs) * 2 * SENTENCE_TOKENS or n * CONTEXT_TOKENS
+    tokens = n * (method.pairs or pairs) * (2 + recipe.rehearsal) * SENTENCE_TOKENS or n * CONTEXT_TOKENS
     teacher = n * CONTEXT_TOKENS + tokens
     return reading + 6 * size * tokens * recipe.epochs + 2 * size * teacher
 
@@ -107,6 +107,6 @@ def memory(model: ModelSpec, method: MethodSpec, size: float) -> float | None:
     recipe = recipe_of(method)
     if recipe is None:
         return size * each / 1e9
-    share = {"lora": LORA_SHARE, "mlp": MLP_SHARE, "full": 1.0}[recipe.train]
+    share = {"lora": LORA_SHARE, "mlp": MLP_SHARE, "full": 1.0, "osf": OSF_SHARE}[recipe.train]
     copies = 3 if method.options.get("teacher") == "first" else 2
     return size * each * (copies + 3 * share) / 1e9

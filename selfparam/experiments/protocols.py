@@ -1,8 +1,9 @@
 """The protocols of the paper as functions of a lab, a cell and its target sets -> scores.
 
 single: one context into a fresh θ'. batch: n contexts at once, all questions after. sequential: n contexts one after
-another (a fold; merged after each), all questions after every step. The ablation is one of these with other authors.
-Refuses to know files and processes. Source: arXiv 2410.00487, sections 4.1-4.3.
+another, or some in each step (a day's): a fold, merged after each step, all questions after every step. The ablation is
+one of these with other authors. Refuses to know files and processes.
+Source: arXiv 2410.00487, sections 4.1-4.3; days and changed facts are ours.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from selfparam.experiments.lab import Lab
 from selfparam.experiments.spec import Cell, Table
 from selfparam.methods import Reader, Stacking
 from selfparam.methods.readers import ANSWER_TOKENS
+from selfparam.metrics.forgetting import backward_transfer, forgetting
 from selfparam.metrics.qa_f1 import mean_f1, qa_f1
-from selfparam.types import TargetSet, content_hash
+from selfparam.types import Question, TargetSet, content_hash
 
 Scores = dict[str, Any]
 
@@ -67,40 +69,66 @@ def scores_of(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet], rea
 
 
 def sequential(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet]) -> Scores:
-    """One sequence: matrix[k][j] = F1 on context j after steps[k] injections; step 0 is the base.
+    """One sequence: matrix[k][j] = F1 on context j after steps[k] contexts; 0 is the base.
 
-    just: mean F1 on the context that was injected last. f1: mean over all contexts at the end.
+    learned: F1 on each context right after its step, just: their mean. f1: mean over all contexts at the end.
+    forgetting, bwt: of metrics/forgetting.py, on the steps that were asked. along: probes after those steps.
     """
     items = [lab.bench.items[i] for i in members(table, cell)]
-    method, once = cell.method.make(), cell.method.at_once
-    steps = sorted({0, cell.n}) if once else sorted({*(table.ask_at or range(cell.n + 1)), cell.n})
-    groups = [sets] if once else [[one] for one in sets]
+    method, size = cell.method.make(), cell.n if cell.method.at_once else table.per_step
+    every = range(0, cell.n + 1, size)
+    steps = sorted({0, cell.n} if cell.method.at_once else {*(table.ask_at or every), cell.n})
     reader: Reader | None = None
     matrix: list[list[float]] = []
     answers: list[list[str]] = []
-    just: list[float] = []
+    learned: list[float] = []
+    along: list[Scores] = []
     absorbing = answering = 0.0
     if 0 in steps:
         matrix.append(base_row(lab, items, answers))
-    for done, group in enumerate(groups, 1):
+        along.append(lab.base)
+    for start in range(0, cell.n, size):
+        done = min(start + size, cell.n)
         begin = time.perf_counter()
-        reader = method.absorb(lab.lm, group, after=reader, seed=table.seed)
+        reader = method.absorb(lab.lm, sets[start:done], after=reader, seed=table.seed)
         absorbing += time.perf_counter() - begin
         begin = time.perf_counter()
-        step = cell.n if once else done
-        if step in steps:
-            found = asked(reader, items)
-            matrix.append(list(found["contexts"].values()))
+        found = asked(reader, items if done in steps else items[start:done])
+        scores = list(found["contexts"].values())
+        learned += scores[start:done] if done in steps else scores
+        if done in steps:
+            matrix.append(scores)
             answers.append([one[2] for one in found["answers"]])
-            if not once:
-                just.append(matrix[-1][done - 1])
+            along += [lab.probe(reader.lm)] if table.probes.along and done < cell.n else []
         answering += time.perf_counter() - begin
     assert reader is not None  # spec: n is at least 1
+    beside = aside(lab, table, reader, items)
+    newest = cell.n - (cell.n - 1) // size * size
+    earlier = matrix[0 in steps : -1]
+    once = cell.method.at_once
     return {
-        **found, **aside(lab, table, reader, items), "steps": steps, "matrix": matrix, "answers_by_step": answers,
-        "just": mean(just) if just else None, "targets": content_hash(*(s.id for s in sets)),
-        "pairs": sum(len(s.related) for s in sets), "seconds": {"absorb": absorbing, "answer": answering},
+        **found, **beside, **changed(reader, items), "steps": steps, "matrix": matrix, "answers_by_step": answers,
+        "learned": learned, "just": None if once else mean(learned),
+        "forgetting": forgetting(earlier, learned, matrix[-1], newest),
+        "bwt": backward_transfer(learned, matrix[-1], newest),
+        "targets": content_hash(*(s.id for s in sets)), "pairs": sum(len(s.related) for s in sets),
+        "seconds": {"absorb": absorbing, "answer": answering},
+        **({"along": {key: [one[key] for one in (*along, beside)] for key in lab.base}} if table.probes.along else {}),
     }
+
+
+def changed(reader: Reader, items: Sequence[Item]) -> Scores:
+    """Facts that a later context changed: shares answered exactly with the new and with the old value; {} without."""
+    now = [q for item in items for q in item.changed]
+    if not now:
+        return {}
+    before = [q for item in items for q in item.outdated]
+    given = reader.answer(now)
+
+    def share(questions: Sequence[Question]) -> float:
+        return mean(qa_f1(a, q.answers) == 1 for a, q in zip(given, questions, strict=True))
+
+    return {"new": share(now), "old": share(before)}
 
 
 def base_row(lab: Lab, items: Sequence[Item], answers: list[list[str]]) -> list[float]:

@@ -14,13 +14,18 @@ LEGEND = {
     "95 %": "bootstrap interval over contexts (in sequences: over sequences)",
     "paper": "the figure of arXiv 2410.00487 for the model named there, which is another model than ours",
     "gain": "difference to the best baseline ({best}) on the same contexts, with its interval",
-    "just": "F1 on the context injected last, mean over steps",
+    "just": "F1 on each context right after its step, mean over contexts",
+    "forget": "forgetting: best F1 on an earlier context so far, minus F1 at the end (Chaudhry et al. 2018)",
+    "BWT": "backward transfer: F1 on an earlier context at the end, minus after its step (Lopez-Paz & Ranzato 2017)",
+    "new": "share of changed facts that are answered with the new value, exactly",
+    "old": "share of changed facts that are answered with the old value",
     "leak": "F1 of the injected answers when the same questions name another subject: compare with the base's",
     "fresh": "F1 on new contexts with the text in front: does it still read",
     "world": "F1 on facts that it knew before",
     "KL": "drift on held-out unrelated text, nats per token",
     "S": "tokens kept outside the weights",
     "s": "seconds to absorb, one cell",
+    "s/step": "seconds to absorb, one step of a sequence",
 }
 
 
@@ -35,7 +40,8 @@ def _interval(value: Interval | None) -> str:
 def columns(table: Table, block: Block) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of a block; columns without any number are left out."""
     paper = f"paper ({block.model.paper})" if block.model.paper else "paper"
-    heads = ["method", "pairs", "n", "F1", "95 %", paper, "gain", "just", "leak", "fresh", "world", "KL", "S", "s"]
+    heads = ["method", "pairs", "n", "F1", "95 %", paper, "gain", "just", "forget", "BWT", "new", "old", "leak",
+             "fresh", "world", "KL", "S", "s", "s/step"]
     lines = [_cells(line) for line in block.lines]
     kept = [0, *(i for i in range(1, len(heads)) if any(cells[i] != "-" for cells in lines))]
     return [heads[i] for i in kept], [[cells[i] for i in kept] for cells in lines]
@@ -46,8 +52,9 @@ def _cells(line: Line) -> list[str]:
     done = str(line.done) if line.done == line.cells else f"{line.done} of {line.cells}"
     storage = "-" if line.storage is None else f"{line.storage:,.0f}"
     return [line.method.label, line.method.author or "-", done, number(line.f1, 3), _interval(line.interval),
-            number(line.paper, 4), gain, number(line.just), number(line.leak), number(line.fresh), number(line.world),
-            number(line.kl), storage, number(line.seconds, 1)]
+            number(line.paper, 4), gain, number(line.just), number(line.forgetting), number(line.bwt), number(line.new),
+            number(line.old), number(line.leak), number(line.fresh), number(line.world), number(line.kl), storage,
+            number(line.seconds, 1), number(line.step, 1)]
 
 
 def heading(table: Table, block: Block) -> str:
@@ -108,11 +115,12 @@ def as_csv(table: Table, blocks: Sequence[Block]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["table", "model", "contexts", "method", "pairs", "cells", "f1", "f1_low", "f1_high", "paper",
                      "gain", "gain_low", "gain_high", "just", "leak", "fresh", "world", "kl", "storage_tokens",
-                     "seconds"])
+                     "seconds", "seconds_step", "forgetting", "bwt", "new", "old"])
     for block in blocks:
         for line in block.lines:
             gain = (line.gain[0], *line.gain[1]) if line.gain else (None, None, None)
             writer.writerow([table.name, block.model.shown, block.n, line.method.label, line.method.author, line.done,
                              line.f1, *(line.interval or (None, None)), line.paper, *gain, line.just, line.leak,
-                             line.fresh, line.world, line.kl, line.storage, line.seconds])
+                             line.fresh, line.world, line.kl, line.storage, line.seconds, line.step,
+                             line.forgetting, line.bwt, line.new, line.old])
     return out.getvalue()

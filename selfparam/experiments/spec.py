@@ -97,19 +97,24 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Probes:
-    """What is asked beside the contexts' own questions: numbers of contexts (leak, fresh), facts, passages; 0: none."""
+    """What is asked beside the contexts' own questions: numbers of contexts (leak, fresh), facts, passages; 0: none.
+
+    along: in sequences, fresh, world and KL after every step of ask_at, not only at the end.
+    """
 
     leak: int = 100
     fresh: int = 12
     world: int = 0
     passages: int = 40
+    along: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
     """One table. contexts: how many (batch: each size is a block; sequential: contexts in a sequence).
 
-    sequences, ask_at: for sequential: how many, and after which steps all questions are asked (empty: after each).
+    sequences, ask_at: for sequential: how many, and after how many contexts all questions are asked (empty: each step).
+    per_step: for sequential: contexts that are absorbed in one step (a day's).
     questions: at most so many for each context (0: all). plain: the text above the table.
     """
 
@@ -124,6 +129,7 @@ class Table:
     about: str = ""
     sequences: int = 1
     ask_at: tuple[int, ...] = ()
+    per_step: int = 1
     questions: int = 0
     seed: int = 0
     folder: str = "."
@@ -176,22 +182,31 @@ def methods_of(table: Table, model: ModelSpec) -> list[MethodSpec]:
 
 def settings_of(table: Table, model: ModelSpec, method: MethodSpec) -> str:
     """What decides a cell's result, as JSON; recipes are written out, so that a changed default is another cell."""
-    made = asdict(method.make())  # type: ignore[call-overload]
+    made = _without_defaults(asdict(method.make()))  # type: ignore[call-overload]
     authors = {}
     name = method.author
     while name:
         authors[name] = asdict(table.authors[name])
         name = table.authors[name].of
-    settings = {
-        "protocol": table.protocol, "data": dict(table.data), "probes": asdict(table.probes), "seed": table.seed,
-        "questions": table.questions, "model": [model.name, model.dtype], "method": method.method, "options": made,
-        "author": method.author, "authors": authors, "pairs": method.pairs,
+    settings: dict[str, Any] = {
+        "protocol": table.protocol, "data": dict(table.data), "probes": _without_defaults(asdict(table.probes)),
+        "seed": table.seed, "questions": table.questions, "model": [model.name, model.dtype],
+        "method": method.method, "options": made, "author": method.author, "authors": authors, "pairs": method.pairs,
     }
     if any(one["kind"] == "erring" for one in authors.values()):  # takes wrong answers from the other contexts
         settings["contexts"] = table.contexts
     if table.protocol == "sequential":
         settings |= {"ask_at": table.ask_at, "at_once": method.at_once}
+        settings |= {"per_step": table.per_step} if table.per_step > 1 else {}
     return json.dumps(settings, sort_keys=True)
+
+
+def _without_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Without the options that came later, where they are off: the rows from before stay rows of this table."""
+    if given.get("recipe") and not given["recipe"]["rehearsal"]:
+        off = ("rehearsal", "rehearsal_temperature")
+        given = {**given, "recipe": {k: v for k, v in given["recipe"].items() if k not in off}}
+    return {k: v for k, v in given.items() if (k, v) not in (("keep", "nothing"), ("along", False))}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -276,6 +291,8 @@ def _check(table: Table) -> None:
         raise TableError(f"the protocol {table.protocol} takes one number of contexts")
     if table.sequences < 1 or not all(isinstance(i, int) and 0 <= i <= table.contexts[0] for i in table.ask_at):
         raise TableError("'sequences' must be at least 1, and 'ask_at' steps from 0 to the number of contexts")
+    if table.per_step < 1 or any(i % table.per_step and i != table.contexts[0] for i in table.ask_at):
+        raise TableError("'per_step' must be at least 1, and 'ask_at' multiples of it")
     for name, author in table.authors.items():
         if author.kind not in get_args(AuthorKind):
             raise TableError(f"author '{name}': kind = {author.kind!r} is none of {', '.join(get_args(AuthorKind))}")

@@ -27,6 +27,7 @@ class Line:
 
     interval: 95 % of the mean F1. gain: mean difference to the best baseline on the same contexts with its 95 %.
     storage: mean tokens kept outside the weights. done, cells: how many of its cells have a row.
+    forgetting, bwt, step (seconds of one step), new, old (shares of changed facts): of sequences.
     """
 
     method: MethodSpec
@@ -43,6 +44,11 @@ class Line:
     kl: float | None = None
     storage: float | None = None
     seconds: float | None = None
+    forgetting: float | None = None
+    bwt: float | None = None
+    step: float | None = None
+    new: float | None = None
+    old: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -100,15 +106,16 @@ def _block(table: Table, model: ModelSpec, n: int, cells: Sequence[Cell], rows: 
         failed = [rows[c.id]["error"] for c in own if c.id in rows and "error" in rows[c.id]]
         rival = method.against or (best if method.role == "ours" else "")
         gain = _gain(scores.get(method.label, {}), scores.get(rival, {}))
-        lines.append(_line(method, len(own), good[method.label], scores.get(method.label, {}),
+        per_step = table.per_step if table.protocol == "sequential" and not method.at_once else 0
+        lines.append(_line(method, per_step, len(own), good[method.label], scores.get(method.label, {}),
                            method.paper_figure(model, n), gain, failed))
     hashes = {row["model_hash"] for c in cells if (row := rows.get(c.id))}
     notes = ("rows of different weights: run the table again",) if len(hashes) > 1 else ()
     return Block(model, n, tuple(lines), best, notes)
 
 
-def _line(method: MethodSpec, cells: int, rows: Sequence[Row], scores: Mapping[str, float], paper: float | None,
-          gain: tuple[float, Interval] | None, failed: Sequence[str]) -> Line:
+def _line(method: MethodSpec, per_step: int, cells: int, rows: Sequence[Row], scores: Mapping[str, float],
+          paper: float | None, gain: tuple[float, Interval] | None, failed: Sequence[str]) -> Line:
     notes = [note for row in rows for note in row.get("notes", [])]
     if method.against:
         notes.append(f"gain against '{method.against}'")
@@ -125,7 +132,9 @@ def _line(method: MethodSpec, cells: int, rows: Sequence[Row], scores: Mapping[s
     return Line(
         method, len(rows), cells, mean(values), bootstrap(values) if len(values) > 1 else None, paper, gain,
         average("just"), average("leak"), average("fresh"), average("world"), average("kl"),
-        average("storage_tokens"), mean(row["seconds"]["absorb"] for row in rows), tuple(dict.fromkeys(notes)),
+        average("storage_tokens"), mean(row["seconds"]["absorb"] for row in rows), average("forgetting"),
+        average("bwt"), mean(row["seconds"]["absorb"] / -(-row["n"] // per_step) for row in rows) if per_step else None,
+        average("new"), average("old"), tuple(dict.fromkeys(notes)),
     )
 
 

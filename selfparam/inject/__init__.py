@@ -110,7 +110,7 @@ def inject(
             trained = train(student, model, rows, targets, recipe, progress, checkpoints, accelerator)
         done = time.perf_counter()
     adapter = _adapter_of(model) if keep_adapter and recipe.train == "lora" else None
-    merge_error = merge(student, model, rows) if recipe.train == "lora" else 0.0
+    merge_error = merge(student, model, rows) if recipe.train in ("lora", "osf") else 0.0
     student.model.requires_grad_(True)
     student.model.eval()
     return Injection(student, trained, len(rows), taught - begin, done - taught, merge_error, adapter)

@@ -1,8 +1,8 @@
-"""Which weights are trained: LoRA (the paper's configuration), MLP matrices only, or all.
+"""Which weights are trained: LoRA (the paper's configuration), MLP matrices only, all, or peft's orthogonal subspace.
 
 Target modules are derived from the model, not from a list of architectures: every linear module of a decoder layer
 except the attention's last one (the paper's set q, k, v, up, down, gate). Refuses to know rows and losses.
-Source: arXiv 2410.00487, A.2.
+Sources: arXiv 2410.00487, A.2; OSF is a method of continual learning, arXiv 2504.07097.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, PeftConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 
 from selfparam.errors import ModelError
@@ -53,14 +53,20 @@ def lora_targets(lm: LM) -> list[str]:
 
 
 def make_trainable(lm: LM, recipe: Recipe) -> Any:
-    """The model to train: a peft model for LoRA, otherwise lm.model itself with gradients where the recipe says."""
+    """The model to train: a peft model for LoRA and OSF, otherwise lm.model with gradients where the recipe says.
+
+    OSF: the upper half of every matrix's singular values is held, gradients of the rest are made orthogonal to it.
+    Raises ModelError for a model whose layers OSF does not know.
+    """
     lm.model.requires_grad_(recipe.train == "full")
     if recipe.train == "mlp":
         for name in layer_linears(lm)[1]:
             lm.model.get_submodule(name).requires_grad_(True)
-    if recipe.train != "lora":
+    if recipe.train in ("mlp", "full"):
         return lm.model
-    config = LoraConfig(
+    if recipe.train == "osf" and any(isinstance(m, Conv1D) for m in lm.model.modules()):
+        raise ModelError(f"peft's orthogonal subspace does not know the layers of '{lm.name}': use another --train")
+    config: PeftConfig = OSFConfig(target_modules=lora_targets(lm)) if recipe.train == "osf" else LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,

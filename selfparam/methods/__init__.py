@@ -19,7 +19,7 @@ from selfparam.methods.memoryllm import MemoryLLM
 from selfparam.methods.protocol import Method, Reader, Stacking
 from selfparam.methods.raptor import Raptor
 from selfparam.methods.selfparam import SelfParam
-from selfparam.types import FAST, PAPER, PAPER_RECOMMEND, PAPER_SEQUENTIAL, SMALL, Recipe
+from selfparam.types import FAST, PAPER, PAPER_RECOMMEND, PAPER_SEQUENTIAL, SMALL, SMALL_SEQUENTIAL, Recipe
 
 __all__ = ["METHODS", "RECIPES", "Method", "Reader", "Stacking", "make_method"]
 
@@ -33,8 +33,10 @@ METHODS: dict[str, type[Any]] = {
     "raptor": Raptor,
     "selfparam": SelfParam,
 }
-RECIPES = {"paper": PAPER, "paper-sequential": PAPER_SEQUENTIAL, "paper-recommend": PAPER_RECOMMEND, "fast": FAST,
-           "small": SMALL}
+RECIPES = {
+    "paper": PAPER, "paper-sequential": PAPER_SEQUENTIAL, "paper-recommend": PAPER_RECOMMEND, "fast": FAST,
+    "small": SMALL, "small-sequential": SMALL_SEQUENTIAL,
+}
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:

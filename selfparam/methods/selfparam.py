@@ -1,6 +1,7 @@
 """SELF-PARAM: Eq. 2 as a row of a table. Pairs, unrelated sentences, one inject() for all contexts; 𝒮 = 0.
 
-Absorbing in turn is a fold, θ_i = inject(θ_{i-1}, ℰ(x_i)). Refuses to know evaluation.
+Absorbing in turn is a fold, θ_i = inject(θ_{i-1}, ℰ(x_i)), with sentences that θ_{i-1} writes from memory where the
+recipe has rehearsal. Refuses to know evaluation.
 Source: arXiv 2410.00487, section 3; what it leaves open is in docs/paper.md.
 """
 
@@ -10,14 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from selfparam.errors import TableError
 from selfparam.inject import inject
 from selfparam.inject.stack import refusal
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
-from selfparam.methods.readers import Memory
+from selfparam.methods.readers import Memory, tokens
 from selfparam.methods.stacked import UNTRAINED, memories
+from selfparam.targets.rehearsal import add_rehearsed
 from selfparam.targets.unrelated import add_unrelated
-from selfparam.types import PAPER, Recipe, TargetSet
+from selfparam.types import PAPER, Recipe, Sentence, TargetSet
+
+
+@dataclass(frozen=True)
+class Keeping(Memory):
+    """Answers from the weights; `kept` are the pairs absorbed so far, which 𝒮 counts."""
+
+    kept: tuple[Sentence, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,8 @@ class SelfParam:
     """ratio, neighbour_share: as add_unrelated has them (None: its defaults; no neighbours to the letter of Eq. 2).
 
     source: who writes unrelated sentences. teacher: which θ reads x, the one before this step or the "first" one
-    (only different in a sequence; the first one stays in memory as a second copy).
+    (only different in a sequence; the first one stays in memory as a second copy). keep: "pairs" trains on all earlier
+    pairs again in every step of a sequence, which have to be stored; recipe.rehearsal needs no storage.
     """
 
     recipe: Recipe = PAPER
@@ -33,19 +44,34 @@ class SelfParam:
     neighbour_share: float | None = None
     source: str = "self"
     teacher: Literal["previous", "first"] = "previous"
+    keep: Literal["nothing", "pairs"] = "nothing"
     needs_pairs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.teacher == "first" and self.recipe.rehearsal:
+            raise TableError("the first teacher does not know what is rehearsed: use teacher = 'previous'")
 
     @property
     def stacks(self) -> bool:
-        return not refusal(self.recipe)
+        return not refusal(self.recipe) and self.keep == "nothing"
 
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
         start = after.lm if after else lm
         chosen = self._chosen(start, sets, seed)
         if not chosen:
-            return Memory(start, UNTRAINED)
+            return replace(after, notes=UNTRAINED) if isinstance(after, Memory) else Memory(start, UNTRAINED)
+        kept = after.kept if isinstance(after, Keeping) else ()
+        own = tuple(replace(s, about=None) for one in chosen for s in one.related)
+        chosen[0] = replace(chosen[0], unrelated=(*chosen[0].unrelated, *kept))
+        if after and self.recipe.rehearsal:
+            chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
+                                      temperature=self.recipe.rehearsal_temperature)
         teacher = lm if self.teacher == "first" and after else None
-        return Memory(inject(start, chosen, self.recipe.but(seed=seed), teacher=teacher).lm)
+        found = inject(start, chosen, self.recipe.but(seed=seed), teacher=teacher).lm
+        if self.keep == "nothing":
+            return Memory(found)
+        kept += own
+        return Keeping(found, storage_tokens=tokens(found, [f"{s.prompt} {s.completion}" for s in kept]), kept=kept)
 
     def absorb_each(self, lm: LM, sets: Sequence[TargetSet], *, seed: int = 0) -> Iterator[Reader]:
         return memories(lm, sets, lambda one: self._chosen(lm, [one], seed), self.recipe.but(seed=seed))
