@@ -413,7 +413,10 @@ def facts(model: dict[str, Any], run: dict[str, Any] | None) -> list[list[str]]:
         ["generated tokens/s, 16 rows", f"{model['tokens_per_second']['rows_16']:.0f}"],
         ["measured on", model["machine"]],
     ]
-    return rows + ([["training tokens", f"{run['seen']:,}"], ["training (s)", f"{run['seconds']:,.0f}"]] if run else [])
+    if run:
+        rows += [["training tokens", f"{run['seen']:,}"], ["training (s)", f"{run['seconds']:,.0f}"]]
+        rows += [["about these two", run["note"]]] if "note" in run else []
+    return rows
 
 
 def curve_grid(run: dict[str, Any] | None) -> list[Grid]:
