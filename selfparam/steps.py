@@ -28,6 +28,7 @@ from selfparam.metrics.drift import drift, reference
 from selfparam.metrics.qa_f1 import mean_f1, qa_f1, tokens
 from selfparam.report import Journal
 from selfparam.targets import (
+    ROUNDS,
     Author,
     EndpointAuthor,
     LocalAuthor,
@@ -124,7 +125,7 @@ def cache_folder() -> Path:
 
 
 def pairs_by(author: Author, contexts: Sequence[Context], pairs: int, journal: Journal,
-             cache: Path | None = None, rounds: int = 4) -> tuple[list[TargetSet], Report]:
+             cache: Path | None = None, rounds: int = ROUNDS) -> tuple[list[TargetSet], Report]:
     """A target set for each context, without unrelated sentences yet, and all reports in one."""
     with journal.step("writing pairs") as bar:
         if isinstance(author, (LocalAuthor, EndpointAuthor)):

@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfparam.errors import AuthorError, OutputError, TargetError
+from selfparam.metrics.qa_f1 import tokens
 from selfparam.targets import (
     EndpointAuthor,
     LocalAuthor,
     Report,
+    _agree,
     build_target_set,
     cached,
     read_pairs,
@@ -219,6 +221,44 @@ def test_nothing_usable_counts_the_reasons() -> None:
 def test_no_pairs_or_rounds_asked_for(wrong: dict[str, int]) -> None:
     with pytest.raises(TargetError, match="at least one"):
         write_pairs([HARBOUR], Scripted({}), **wrong)
+
+
+def test_a_local_author_is_checked_by_reading_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm()
+    texts = iter([lines(1, 2), lines(2, 3), "Question: What is number 2?\nAnswer: two"])
+    says = {"1": "It is 1", "2": "Number 2 is two, of course", "3": "I do not know"}
+    asked = []
+
+    def answer(questions: Sequence[str], contexts: Sequence[str], **_: Any) -> list[str]:
+        asked.append(list(zip(questions, contexts, strict=True)))
+        return [says[q[-2]] for q in questions]
+
+    monkeypatch.setattr(lm, "answer", answer)
+    monkeypatch.setattr(LocalAuthor, "write", lambda *_: [next(texts)])
+    ((sentences, report),) = write_pairs([HARBOUR], LocalAuthor(lm), pairs=2, rounds=3)
+    assert [s.completion for s in sentences] == ["It is 1", "two"]
+    assert report == Report(2, 2, 3, {"answered otherwise": 3})
+    assert asked[0] == [("What is number 1?", HARBOUR.text), ("What is number 2?", HARBOUR.text)]
+
+
+def test_an_unchecked_local_author_keeps_what_it_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm()
+    monkeypatch.setattr(lm, "answer", lambda *_, **__: pytest.fail("nothing is to be read"))
+    monkeypatch.setattr(LocalAuthor, "write", lambda *_: [lines(1, 2)])
+    author = LocalAuthor(lm, checked=False)
+    assert author.id != LocalAuthor(lm).id
+    ((sentences, report),) = write_pairs([HARBOUR], author, pairs=2)
+    assert len(sentences) == 2 and not report.dropped
+
+
+@pytest.mark.parametrize(("written", "read", "same"), [
+    ("Paris", "The capital of France is Paris.", True), ("in the year 1889", "1889", True),
+    ("a bitter lawsuit", "the bitter lawsuit", True), ("Leo Farwin", "Indemos Farwin", False),
+    ("$14 March", "$200,800", False), ("?", "yes", False), ("12", "120", False),
+    ("Cresgate Mills of Korstad", "Cresgate Mills near Korstad", True),
+])
+def test_when_two_answers_say_the_same(written: str, read: str, same: bool) -> None:
+    assert _agree(tokens(written), tokens(read)) is same
 
 
 def test_build_target_set() -> None:

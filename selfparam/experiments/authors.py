@@ -52,7 +52,7 @@ def _author(spec: AuthorSpec, lm: LM, seed: int) -> Author:
     if spec.kind == "endpoint":
         return EndpointAuthor(spec.model, spec.url or None, prompt=spec.prompt or "paper")
     writer = lm if spec.model in ("self", lm.name) else LM.load(spec.model)
-    return LocalAuthor(writer, spec.prompt or "brief", temperature=spec.temperature, seed=seed)
+    return LocalAuthor(writer, spec.prompt or "brief", temperature=spec.temperature, seed=seed, checked=spec.checked)
 
 
 def _written(contexts: Sequence[Context], author: Author, spec: AuthorSpec) -> list[Written]:

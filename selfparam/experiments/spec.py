@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from selfparam.errors import TableError
 from selfparam.methods import Method, make_method
+from selfparam.targets import ROUNDS
 from selfparam.types import content_hash
 
 Protocol = Literal["single", "batch", "sequential"]
@@ -52,8 +53,9 @@ class AuthorSpec:
     url: str = ""
     prompt: str = ""
     pairs: int = 15
-    rounds: int = 4
-    temperature: float = 0.7
+    rounds: int = ROUNDS
+    temperature: float = 0.9
+    checked: bool = True
     of: str = ""
     wrong: float = 0.0
 

@@ -1,7 +1,8 @@
 """x -> ℰ: the target sentences of contexts. An author writes pairs in rounds until enough distinct ones are there.
 
-Refuses to know who the author is, what unrelated sentences are, and how they are trained on.
-Source: SELF-PARAM, arXiv 2410.00487, section 3.2 (construction of the target sentence set) and A.3.
+A local author is checked: a pair is kept only if the author, reading x, answers its question as it wrote. Refuses to
+know what unrelated sentences are, and how they are trained on. Sources: SELF-PARAM, arXiv 2410.00487, section 3.2
+(construction of the target sentence set) and A.3; the check is the roundtrip consistency of arXiv 1906.05416.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from selfparam.errors import TargetError
-from selfparam.lm import Progress
+from selfparam.lm import LM, Progress
+from selfparam.metrics.qa_f1 import qa_f1, tokens
 from selfparam.targets.authors import Author, EndpointAuthor, LocalAuthor
 from selfparam.targets.files import cached, read_pairs, read_sets, write_sets
 from selfparam.targets.parse import Pair, Report, keep_pairs, parse_pairs
@@ -21,12 +23,15 @@ __all__ = [
     "write_pairs", "write_sets",
 ]
 
+#: Rounds at most. An author who writes enough at once needs one.
+ROUNDS = 10
 #: Pairs asked for beyond those that lack, because some will be dropped.
 _SPARE = 2
 
 
 def write_pairs(
-    contexts: Sequence[Context], author: Author, *, pairs: int = 15, rounds: int = 4, progress: Progress | None = None,
+    contexts: Sequence[Context], author: Author, *, pairs: int = 15, rounds: int = ROUNDS,
+    progress: Progress | None = None,
 ) -> list[tuple[tuple[Sentence, ...], Report]]:
     """At most `pairs` distinct pairs about each context, in the order of `contexts`, and what became of the others.
 
@@ -45,12 +50,21 @@ def write_pairs(
             break
         n = pairs if turn == 0 else max(pairs - len(kept[i]) for i in lacking) + _SPARE
         texts = author.write([contexts[i] for i in lacking], [tuple(kept[i]) for i in lacking], n)
+        found = []
         for i, text in zip(lacking, texts, strict=True):
             new, reasons = keep_pairs(parse_pairs(text), kept[i], context=contexts[i].text)
-            kept[i] = (kept[i] + new)[:pairs]
+            found.append(new)
             dropped[i].update(reasons)
             asked[i] += 1
             wrote[i] = text
+        if isinstance(author, LocalAuthor) and author.checked:
+            confirmed = _confirmed(author.lm, [contexts[i].text for i in lacking], found)
+            for i, new, sure in zip(lacking, found, confirmed, strict=True):
+                if len(sure) < len(new):
+                    dropped[i]["answered otherwise"] += len(new) - len(sure)
+            found = confirmed
+        for i, new in zip(lacking, found, strict=True):
+            kept[i] = (kept[i] + new)[:pairs]
         if progress:
             progress(sum(map(len, kept)), pairs * len(contexts))
     for i, context in enumerate(contexts):
@@ -63,11 +77,30 @@ def write_pairs(
 
 
 def build_target_set(
-    context: Context, author: Author, *, pairs: int = 15, unrelated: Sequence[Sentence] = (), rounds: int = 4
+    context: Context, author: Author, *, pairs: int = 15, unrelated: Sequence[Sentence] = (), rounds: int = ROUNDS
 ) -> TargetSet:
     """ℰ of one context: pairs by the author and the unrelated sentences given. Raises as write_pairs does."""
     ((related, _),) = write_pairs([context], author, pairs=pairs, rounds=rounds)
     return TargetSet(context, related, tuple(unrelated), author.id)
+
+
+def _confirmed(lm: LM, texts: Sequence[str], found: Sequence[Sequence[Pair]]) -> list[list[Pair]]:
+    """Of the pairs found in each text those whose question the model, reading the text, answers as written."""
+    asked = [(i, pair) for i, pairs in enumerate(found) for pair in pairs]
+    longest = max((len(lm.encode(answer)) for _, (_, answer) in asked), default=0)
+    given = lm.answer([q for _, (q, _) in asked], [texts[i] for i, _ in asked], max_new_tokens=2 * longest + 8)
+    sure: list[list[Pair]] = [[] for _ in texts]
+    for (i, pair), answer in zip(asked, given, strict=True):
+        if _agree(tokens(pair[1]), tokens(answer)):
+            sure[i].append(pair)
+    return sure
+
+
+def _agree(one: list[str], other: list[str]) -> bool:
+    """Whether two answers say the same: one has all words of the other, or most words are in both."""
+    if not one or not other:
+        return one == other
+    return set(one) <= set(other) or set(other) <= set(one) or qa_f1(" ".join(one), [" ".join(other)]) > 0.5
 
 
 def _nothing(context: Context, text: str, rounds: int, dropped: Counter[str]) -> str:

@@ -45,15 +45,16 @@ class LocalAuthor:
     """Any LM, chat or base, in batches: greedy when it is asked about a context first, sampled afterwards.
 
     The same calls in the same order give the same texts. prompt: name of a packaged prompt ("brief", "paper") or a
-    path. progress: called with (texts done, texts of this call). Raises AuthorError for a prompt file that
-    cannot be used.
+    path. checked: only pairs that it answers as it wrote them, once it reads the context again, are kept
+    (write_pairs does so). progress: called with (texts done, texts of this call). Raises AuthorError for a prompt
+    file that cannot be used.
     """
 
-    def __init__(self, lm: LM, prompt: str = "brief", temperature: float = 0.7, seed: int = 0,
-                 progress: Progress | None = None) -> None:
-        self.lm, self.temperature, self.seed, self.progress = lm, temperature, seed, progress
+    def __init__(self, lm: LM, prompt: str = "brief", temperature: float = 0.9, seed: int = 0,
+                 progress: Progress | None = None, checked: bool = True) -> None:
+        self.lm, self.temperature, self.seed, self.progress, self.checked = lm, temperature, seed, progress, checked
         self._prompt, self._again = read_prompt(prompt), read_prompt("again")
-        digest = content_hash(self._prompt, self._again, str(temperature), str(seed), fingerprint(lm))
+        digest = content_hash(self._prompt, self._again, str(temperature), str(seed), fingerprint(lm), str(checked))
         self.id = f"{Path(lm.name).name} {Path(prompt).stem} {digest}"
         self._asked: set[str] = set()
         self._calls = 0
