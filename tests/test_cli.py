@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 import selfparam
 from selfparam import steps
 from selfparam.cli import main
-from selfparam.errors import ModelError, TargetError
-from selfparam.lm import LM, embedded_path
+from selfparam.errors import TargetError
+from selfparam.lm import LM
 from selfparam.report import Journal
 from selfparam.types import PAPER, SMALL, Context, Question, Sentence, TargetSet
 from tests.tiny import tiny_lm
@@ -178,10 +178,6 @@ def test_an_endpoint_writes_once(
 
 
 def test_demo(run: Run) -> None:
-    try:
-        embedded_path()
-    except ModelError:
-        pytest.skip("the embedded model is not there yet")
     code, out, err = run("demo", "--json")
     assert (code, err) == (0, "")
     said = json.loads(out)
