@@ -138,7 +138,7 @@ PAPER_RECOMMEND = PAPER.but(epochs=1)
 FAST = PAPER.but(epochs=20, lr=2e-4, lora_rank=32, lora_dropout=0.0, held_out=0.1)
 #: For models of tens of millions of parameters, found by measurement on the embedded model (docs/LOG.md).
 SMALL = Recipe(
-    epochs=12,
+    epochs=20,
     lr=3e-3,
     lora_rank=32,
     lora_alpha=64,
@@ -151,4 +151,4 @@ SMALL = Recipe(
 )
 #: For the next injection into such a model: what it writes from memory holds what it has learned. All tokens of a pair
 #: are trained, questions too: a model rehearses only what it would ask by itself.
-SMALL_SEQUENTIAL = SMALL.but(rehearsal=3.0, loss_on="pair", batch_tokens=384)
+SMALL_SEQUENTIAL = SMALL.but(epochs=12, rehearsal=3.0, loss_on="pair", batch_tokens=384)
