@@ -47,7 +47,7 @@ def factor(step: int, steps: int, recipe: Recipe) -> float:
     warm = recipe.warmup * steps
     if step < warm:
         return (step + 1) / (warm + 1)
-    done = (step - warm) / max(1.0, steps - warm)
+    done = min(1.0, (step - warm) / max(1.0, steps - warm))
     if recipe.schedule == "linear":
         return 1 - done
     return 0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1.0
