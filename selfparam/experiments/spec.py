@@ -59,6 +59,13 @@ class AuthorSpec:
     of: str = ""
     wrong: float = 0.0
 
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide what an author of this kind writes."""
+        both = ("model", "prompt", "pairs", "rounds")
+        fields = {"oracle": (), "erring": ("of", "wrong"), "endpoint": (*both, "url"),
+                  "local": (*both, "temperature", "checked")}
+        return {"kind": self.kind} | {name: getattr(self, name) for name in fields[self.kind]}
+
 
 @dataclass(frozen=True)
 class MethodSpec:
@@ -188,7 +195,7 @@ def settings_of(table: Table, model: ModelSpec, method: MethodSpec) -> str:
     authors = {}
     name = method.author
     while name:
-        authors[name] = asdict(table.authors[name])
+        authors[name] = table.authors[name].deciding()
         name = table.authors[name].of
     settings: dict[str, Any] = {
         "protocol": table.protocol, "data": dict(table.data), "probes": _without_defaults(asdict(table.probes)),
