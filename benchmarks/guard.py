@@ -47,8 +47,8 @@ def update(store: Path, text: str, folder: Path, *options: str) -> dict[str, Any
     begin = time.perf_counter()
     code, out, err = call("inject", str(store), str(folder / "document.txt"), "--json", "--restart", *options)
     guard = json.loads(out)["guard"] if out.strip().startswith("{") else {}
-    return {"refused": code != 0, "why": err.strip()[-300:].replace(f"{folder}/", ""), "measured": guard.get("measured"),
-            "seconds": round(time.perf_counter() - begin, 1)}
+    return {"refused": code != 0, "why": err.strip()[-300:].replace(f"{folder}/", ""),
+            "measured": guard.get("measured"), "seconds": round(time.perf_counter() - begin, 1)}
 
 
 def normal(store: Path, number: int, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
