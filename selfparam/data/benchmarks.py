@@ -1,4 +1,5 @@
-"""Names of benchmarks -> Benchmark: worlds, revisits (run anywhere), pwc (the paper's), jsonl (any set of your own).
+"""Names of benchmarks -> Benchmark: worlds, revisits (run anywhere), pwc (the paper's), jsonl (any set of your own);
+of conversations: films (runs anywhere), inspired, redial (the paper's).
 
 Refuses to know models and experiments; where lengths count, the caller gives the function that counts tokens.
 Source: arXiv 2410.00487, section 4.1; worlds.py for the fictional ones.
@@ -10,7 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from selfparam.data import pwc, qa, worlds
-from selfparam.data.items import Benchmark, Count, Item
+from selfparam.data.conversations import (
+    SetName,
+    conversations,
+    from_hub,
+    read_entities,
+    read_items,
+    read_requests,
+)
+from selfparam.data.films import film_benchmark
+from selfparam.data.items import Benchmark, Count, Item, Recommending
 from selfparam.data.revisits import FRESH_SEED, revisits
 from selfparam.errors import ContextError
 
@@ -57,6 +67,24 @@ def from_pwc(n: int, fresh: int, count: Count, *, path: str | None = None, answe
                      tokens=tokens)
 
 
+def recommending(name: SetName) -> Callable[..., Benchmark]:
+    """INSPIRED or REDIAL: n conversations of the training set, the requests of the test."""
+
+    def made(n: int, fresh: int, count: Count, *, path: str | None = None, test: str | None = None,
+             entities: str | None = None, items: str | None = None, requests: int | None = None) -> Benchmark:
+        """Files that are not given come from the hub. requests: the first so many rows of the test."""
+        told = conversations(name, path, n)
+        if len(told) < n:
+            raise ContextError(f"{path or name}: only {len(told)} of {n} conversations: ask for fewer contexts")
+        keys = read_entities(entities or from_hub(name, "entity2id.json"))
+        asked = read_requests(test or from_hub(name, "test.jsonl"), keys, requests)
+        test_items = read_items(items or from_hub(name, "item_ids.json"))
+        return Benchmark(tuple(Item(x, ()) for x in told), test=Recommending(tuple(asked), keys, test_items))
+
+    return made
+
+
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "worlds": fictional, "revisits": revisits, "pwc": from_pwc, "jsonl": from_file,
+    "films": film_benchmark, "inspired": recommending("inspired"), "redial": recommending("redial"),
 }

@@ -12,12 +12,23 @@ from dataclasses import replace
 from importlib import resources
 
 from selfparam.data.conversations import input_of, turns_of
+from selfparam.errors import TargetError
 from selfparam.lm import LM, Progress
 from selfparam.types import Context, Recipe, Sentence, TargetSet
 
-RECOMMEND = resources.files("selfparam.prompts").joinpath("recommend.txt").read_text("utf-8")
+
+def prompt_named(name: str) -> str:
+    """A prompt with {input}, a file of prompts/. Raises TargetError."""
+    file = resources.files("selfparam.prompts").joinpath(f"{name}.txt")
+    text = file.read_text("utf-8") if name.isidentifier() and file.is_file() else ""
+    if "{input}" not in text:
+        raise TargetError(f"no prompt '{name}' for recommendations: use recommend or bare")
+    return text
+
+
+RECOMMEND = prompt_named("recommend")
 #: For models too small to follow an instruction: the conversation alone.
-BARE = "{input}"
+BARE = prompt_named("bare")
 NEW_TOKENS = 512
 
 
