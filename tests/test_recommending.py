@@ -12,7 +12,7 @@ import pytest
 
 from selfparam import methods
 from selfparam.data.films import film_world, write_film_world
-from selfparam.errors import TableError, TargetError
+from selfparam.errors import ContextError, TableError, TargetError
 from selfparam.experiments import render
 from selfparam.experiments.authors import sets_by
 from selfparam.experiments.rows import read_rows
@@ -194,8 +194,12 @@ def test_files_of_the_real_sets(tmp_path: Path, model: str) -> None:
     [row] = rows(table)
     assert len(row["outputs"]) == 5 and row["units"] == [f"{i}.0" for i in range(5)]
     assert row["notes"] == ["1 of 5 conversations lost their oldest turns: the window of 1024 tokens is too small"]
-    with pytest.raises(Exception, match="only 3 of 4 conversations: ask for fewer"):
+    with pytest.raises(ContextError, match="only 3 of 4 conversations: ask for fewer"):
         run_table(make(tmp_path, model, BASE, data, ("contexts = 3", "contexts = 4")))
+    lengths = [len(tiny_lm().encode(x.text)) for x in film_world(3, 8, 3).conversations]
+    assert lengths[0] > min(lengths)
+    short = make(tmp_path, model, BASE, f"{data}longest = {lengths[0] - 1}\n", ("contexts = 3", "contexts = 1"))
+    assert run_table(short).notes == (f"inspired: 1 conversations of more than {lengths[0] - 1} tokens left out",)
 
 
 @pytest.mark.parametrize(("change", "says"), [

@@ -7,6 +7,7 @@ Source: arXiv 2410.00487, section 4.1; worlds.py for the fictional ones.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,15 +72,20 @@ def recommending(name: SetName) -> Callable[..., Benchmark]:
     """INSPIRED or REDIAL: n conversations of the training set, the requests of the test."""
 
     def made(n: int, fresh: int, count: Count, *, path: str | None = None, test: str | None = None,
-             entities: str | None = None, items: str | None = None, requests: int | None = None) -> Benchmark:
-        """Files that are not given come from the hub. requests: the first so many rows of the test."""
-        told = conversations(name, path, n)
+             entities: str | None = None, items: str | None = None, requests: int | None = None,
+             longest: int | None = None) -> Benchmark:
+        """Files that are not given come from the hub. requests: the first so many rows of the test. longest: the most
+        tokens of a conversation."""
+        read = conversations(name, path, n if longest is None else sys.maxsize)
+        told = [x for x in read if longest is None or count(x.text) <= longest][:n]
         if len(told) < n:
             raise ContextError(f"{path or name}: only {len(told)} of {n} conversations: ask for fewer contexts")
         keys = read_entities(entities or from_hub(name, "entity2id.json"))
         asked = read_requests(test or from_hub(name, "test.jsonl"), keys, requests)
         test_items = read_items(items or from_hub(name, "item_ids.json"))
-        return Benchmark(tuple(Item(x, ()) for x in told), test=Recommending(tuple(asked), keys, test_items))
+        passed = read.index(told[-1]) + 1 - n
+        notes = (f"{name}: {passed} conversations of more than {longest} tokens left out",) if passed else ()
+        return Benchmark(tuple(Item(x, ()) for x in told), (), notes, Recommending(tuple(asked), keys, test_items))
 
     return made
 
