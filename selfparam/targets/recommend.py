@@ -1,4 +1,4 @@
-"""Conversations as targets, and recommendations: what FT (C), FT (Q) and SELF-PARAM train on, and the 20 titles asked.
+"""Conversations as targets, and recommendations: what FT (C) and SELF-PARAM train on, and the 20 titles asked.
 
 Pairs about a conversation are written as about any context (targets.write_pairs); here are the kinds of sentence that
 only conversations have. Refuses to know training and scores: texts go to metrics.recall.
@@ -8,13 +8,12 @@ Source: SELF-PARAM, arXiv 2410.00487, 4.4; the prompt (prompts/recommend.txt) is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import resources
 
 from selfparam.data.conversations import input_of, turns_of
 from selfparam.errors import TargetError
 from selfparam.lm import LM, Progress
-from selfparam.types import Context, Recipe, Sentence, TargetSet
+from selfparam.types import Context, Sentence, TargetSet
 
 
 def prompt_named(name: str) -> str:
@@ -92,19 +91,6 @@ def recommendations(lm: LM, conversations: Sequence[Context], *, turns: int = 1,
     return [tuple(sentences) for sentences in found]
 
 
-# --- what the baselines train on -------------------------------------------------------------------------------------
-
-
 def ft_c(x: Context) -> TargetSet:
-    """FT (C): the conversation itself, next-word loss on the system's turns (with the recipe of fine_tuning)."""
+    """FT (C): the conversation itself, for next-word loss on the system's turns."""
     return TargetSet(x, system_turns(x), (), "system turns")
-
-
-def ft_q(one: TargetSet) -> TargetSet:
-    """FT (Q): the pairs alone, next-word loss on the answers (with the recipe of fine_tuning)."""
-    return replace(one, unrelated=())
-
-
-def fine_tuning(recipe: Recipe) -> Recipe:
-    """The recipe of both baselines: next-word loss, on completions only."""
-    return recipe.but(objective="next-word", loss_on="answer")
