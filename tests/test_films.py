@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from selfparam.data import films
 from selfparam.data.conversations import read_conversations, read_entities, read_items, read_requests, turns_of
-from selfparam.data.films import FilmWorld, film_world, write_film_world
+from selfparam.data.films import FilmWorld, film_benchmark, film_world, write_film_world
 from selfparam.data.slots import split_of
 from selfparam.errors import DataError, OutputError
 from selfparam.metrics.recall import entity_name, recall, rows_of
@@ -35,18 +35,16 @@ def test_names_are_new_and_apart(world: FilmWorld) -> None:
 
 
 def test_every_film_is_loved_about_equally_often(world: FilmWorld) -> None:
-    for fact in films.FACTS:
-        counts = Counter(taste.film(fact).title for taste in world.tastes)
-        assert max(counts.values()) <= 3 and len(counts) >= 18
-    assert all(len({taste.film(fact).title for fact in films.FACTS}) == 3 for taste in world.tastes)
+    counts = Counter(taste.loved.title for taste in world.tastes)
+    assert len(counts) == 20 and max(counts.values()) == 2
 
 
 def test_conversations_reveal_their_person_and_nobody_elses(world: FilmWorld) -> None:
     for taste, x, pairs in zip(world.tastes, world.conversations, world.pairs, strict=True):
         assert "{" not in x.text
-        assert all(taste.film(fact).title in x.text for fact in films.FACTS)
         said_by_system = "\n".join(t.text for t in turns_of(x) if t.role == "System")
         assert taste.person in said_by_system and taste.loved.title in said_by_system
+        assert [film.title for film in world.films if film.title in x.text] == [taste.loved.title]
         assert [other.person for other in world.tastes if other.person in x.text] == [taste.person]
         assert all(p.about == x.id and p.completion in x.text and taste.person in p.prompt for p in pairs)
     assert len({x.text.replace(t.person, "") for x, t in zip(world.conversations, world.tastes, strict=True)}) == 30
@@ -60,7 +58,7 @@ def test_requests_can_only_be_filled_from_the_conversation(world: FilmWorld) -> 
     for row in world.rows:
         [person] = [name for name in loved if name in row["input"]]
         kind, [target] = row["dialog_id"].rsplit("_", 1)[1], row["entity_name"]
-        assert target == loved[person].film("planned" if kind == "planned" else "loved").title
+        assert target == loved[person].loved.title
         assert (target in row["input"]) == (row["rec"][0] in row["prev_entity"]) == (kind == "choose")
         request = row["context"][-1]
         assert request not in trained and request not in told
@@ -83,6 +81,19 @@ def test_the_files_are_those_of_the_real_sets(world: FilmWorld, tmp_path: Path) 
     found = recall(made)
     assert found.targets == {"all": 120, "recommendation": 90, "discussion": 30}
     assert [found.hits[f]["all"][0] for f in ("r1", "r2", "r3", "r4")] == [120, 90, 120, 90]
+
+
+def test_the_benchmark_says_which_conversation_tells_the_answer(world: FilmWorld, tmp_path: Path) -> None:
+    found = film_benchmark(30, 0, len, films=20, seed=1)
+    assert [item.context for item in found.items] == list(world.conversations)
+    assert found.test is not None and found.test.films == set(world.items)
+    write_film_world(world, tmp_path)
+    read = read_requests(tmp_path / "test.jsonl", read_entities(tmp_path / "entity2id.json"))
+    assert [replace(r, about="") for r in found.test.requests] == read
+    text = {x.id: x.text for x in world.conversations}
+    names = {i: entity_name(key) for i, key in found.test.keys.items()}
+    assert all(names[r.targets[0]] in text[r.about] for r in found.test.requests)
+    assert replace(found, test=None).hash != found.hash
 
 
 def test_a_world_needs_films_and_a_folder(tmp_path: Path, world: FilmWorld) -> None:

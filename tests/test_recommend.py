@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,22 +10,21 @@ import pytest
 from selfparam.data.conversations import Turn, conversation
 from selfparam.data.files import json_lines
 from selfparam.errors import DataError, ModelError
-from selfparam.inject import inject
+from selfparam.inject import Injection, inject
 from selfparam.inject.pairs import build_rows
 from selfparam.lm import LM
+from selfparam.methods import make_method
 from selfparam.targets.recommend import (
     BARE,
     RECOMMEND,
-    fine_tuning,
     ft_c,
-    ft_q,
     recommend,
     recommendations,
     request,
     shortened,
     system_turns,
 )
-from selfparam.types import PAPER_RECOMMEND, SMALL, Context, Sentence, TargetSet
+from selfparam.types import Context, Recipe, Sentence, TargetSet
 from tests.test_recall import INSPIRED, needs_inspired
 from tests.tiny import WINDOW, tiny_lm
 
@@ -47,19 +47,25 @@ def test_system_turns() -> None:
         system_turns(Context("Heat is a film."))
 
 
-def test_the_baselines_are_trained_on_completions_alone(lm: LM) -> None:
-    recipe = fine_tuning(PAPER_RECOMMEND)
-    assert (recipe.objective, recipe.loss_on, recipe.epochs) == ("next-word", "answer", 1)
+def test_the_baselines_are_trained_on_completions_alone(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[TargetSet, Recipe]] = []
+
+    def watched(given: LM, sets: Sequence[TargetSet], recipe: Recipe) -> Injection:
+        trained.append((sets[0], recipe))
+        return inject(given, sets, recipe.but(precision="fp32"))
+
+    monkeypatch.setattr("selfparam.methods.finetune.inject", watched)
     pairs = TargetSet(TALK, (Sentence("What did I like?", "Heat", TALK.id),), (Sentence("", "Rain fell."),), "me")
-    assert ft_q(pairs) == replace(pairs, unrelated=())
-    for one in (ft_c(TALK), ft_q(pairs)):
+    for on in ("turns", "answers"):
+        make_method("finetune", {"on": on, "recipe": "paper-recommend"}).absorb(lm, [pairs])
+    assert [one for one, _ in trained] == [ft_c(TALK), replace(pairs, unrelated=())]
+    for one, recipe in trained:
+        assert (recipe.objective, recipe.loss_on, recipe.epochs) == ("next-word", "answer", 1)
         rows, _ = build_rows(lm, [one], recipe)
         assert len(rows) == len(one.related)
         for row, sentence in zip(rows, one.related, strict=True):
             scored = lm.decode(row.student[row.first:]).strip()
             assert scored == sentence.completion
-    done = inject(lm, [ft_c(TALK)], fine_tuning(SMALL).but(epochs=3))
-    assert done.trained.losses[-1] < done.trained.losses[0]
 
 
 def test_recommend_gives_a_text_for_each_conversation(lm: LM) -> None:

@@ -1,4 +1,5 @@
-"""Names of benchmarks -> Benchmark: worlds, revisits (run anywhere), pwc (the paper's), jsonl (any set of your own).
+"""Names of benchmarks -> Benchmark: worlds, revisits (run anywhere), pwc (the paper's), jsonl (any set of your own);
+of conversations: films (runs anywhere), inspired, redial (the paper's).
 
 Refuses to know models and experiments; where lengths count, the caller gives the function that counts tokens.
 Source: arXiv 2410.00487, section 4.1; worlds.py for the fictional ones.
@@ -6,11 +7,21 @@ Source: arXiv 2410.00487, section 4.1; worlds.py for the fictional ones.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from selfparam.data import pwc, qa, worlds
-from selfparam.data.items import Benchmark, Count, Item
+from selfparam.data.conversations import (
+    SetName,
+    conversations,
+    from_hub,
+    read_entities,
+    read_items,
+    read_requests,
+)
+from selfparam.data.films import film_benchmark
+from selfparam.data.items import Benchmark, Count, Item, Recommending
 from selfparam.data.revisits import FRESH_SEED, revisits
 from selfparam.errors import ContextError
 
@@ -57,6 +68,29 @@ def from_pwc(n: int, fresh: int, count: Count, *, path: str | None = None, answe
                      tokens=tokens)
 
 
+def recommending(name: SetName) -> Callable[..., Benchmark]:
+    """INSPIRED or REDIAL: n conversations of the training set, the requests of the test."""
+
+    def made(n: int, fresh: int, count: Count, *, path: str | None = None, test: str | None = None,
+             entities: str | None = None, items: str | None = None, requests: int | None = None,
+             longest: int | None = None) -> Benchmark:
+        """Files that are not given come from the hub. requests: the first so many rows of the test. longest: the most
+        tokens of a conversation."""
+        read = conversations(name, path, n if longest is None else sys.maxsize)
+        told = [x for x in read if longest is None or count(x.text) <= longest][:n]
+        if len(told) < n:
+            raise ContextError(f"{path or name}: only {len(told)} of {n} conversations: ask for fewer contexts")
+        keys = read_entities(entities or from_hub(name, "entity2id.json"))
+        asked = read_requests(test or from_hub(name, "test.jsonl"), keys, requests)
+        test_items = read_items(items or from_hub(name, "item_ids.json"))
+        passed = read.index(told[-1]) + 1 - n
+        notes = (f"{name}: {passed} conversations of more than {longest} tokens left out",) if passed else ()
+        return Benchmark(tuple(Item(x, ()) for x in told), (), notes, Recommending(tuple(asked), keys, test_items))
+
+    return made
+
+
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "worlds": fictional, "revisits": revisits, "pwc": from_pwc, "jsonl": from_file,
+    "films": film_benchmark, "inspired": recommending("inspired"), "redial": recommending("redial"),
 }

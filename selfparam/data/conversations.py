@@ -52,11 +52,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Request:
-    """A system turn to be filled. input: the earlier lines and "System: "; targets and seen: ids of entities."""
+    """A system turn to be filled. input: the earlier lines and "System: "; targets and seen: ids of entities.
+
+    about: id of the conversation that alone tells the answer, where there is one (the fictional world).
+    """
 
     input: str
     targets: tuple[int, ...]
     seen: tuple[int, ...]
+    about: str = ""
 
 
 # --- conversation <-> context ----------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ answer); the rest is ours.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from selfparam.data.conversations import Request
 from selfparam.types import Context, Question, Sentence, content_hash
 
 #: Tokens of a text.
@@ -34,17 +35,34 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Recommending:
+    """What is asked of a model that has absorbed conversations: turns to fill with films.
+
+    keys: entity2id.json as {id: key}; films: the ids that may be recommended (empty: not known).
+    """
+
+    requests: tuple[Request, ...]
+    keys: Mapping[int, str]
+    films: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    """Items in a fixed order; `fresh` are never injected: does the model still read? `notes`: what was left out."""
+    """Items in a fixed order; `fresh` are never injected: does the model still read? `notes`: what was left out.
+
+    test: of conversations, whose items have no questions.
+    """
 
     items: tuple[Item, ...]
     fresh: tuple[Item, ...] = ()
     notes: tuple[str, ...] = ()
+    test: Recommending | None = None
 
     @property
     def hash(self) -> str:
-        """Hash of every text of the items and the fresh ones."""
-        return content_hash(*(part for item in (*self.items, *self.fresh) for part in _texts(item)))
+        """Hash of every text of the items, the fresh ones and the test."""
+        asked = [repr(self.test.requests), repr(sorted(self.test.keys.items()))] if self.test else []
+        return content_hash(*(part for item in (*self.items, *self.fresh) for part in _texts(item)), *asked)
 
 
 def _texts(item: Item) -> Sequence[str]:

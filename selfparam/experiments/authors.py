@@ -19,6 +19,7 @@ from selfparam.metrics.qa_f1 import qa_f1, tokens
 from selfparam.targets import Author, EndpointAuthor, LocalAuthor, cached, write_pairs
 from selfparam.targets.files import Written
 from selfparam.targets.parse import Report
+from selfparam.targets.recommend import prompt_named, recommendations
 from selfparam.types import Context, Sentence, TargetSet
 
 
@@ -36,6 +37,14 @@ def sets_by(name: str, authors: dict[str, AuthorSpec], lm: LM, items: Sequence[I
         if not all(item.pairs for item in items):
             raise TableError(f"author '{name}': this data has no pairs of its own: use a model or an endpoint")
         return _unasked([TargetSet(item.context, item.pairs, (), "oracle") for item in items], items)
+    if spec.kind == "recommending":
+        of = sets_by(spec.of, authors, lm, items, seed, cache, says) if spec.of else [
+            TargetSet(item.context, ()) for item in items]
+        says(f"recommendations by {name}: {len(items)} conversations")
+        more = recommendations(lm, [item.context for item in items], turns=spec.pairs,
+                               prompt=prompt_named(spec.prompt or "recommend"), max_new_tokens=spec.tokens)
+        return [replace(one, related=(*one.related, *own), author=f"{one.author} {name}".strip())
+                for one, own in zip(of, more, strict=True)]
     author = _author(spec, lm, seed)
 
     def make(contexts: Sequence[Context]) -> list[Written]:

@@ -26,6 +26,9 @@ from selfparam.targets.authors import fingerprint
 from selfparam.targets.unrelated import packaged
 from selfparam.types import Question, Sentence
 
+#: Options of data that are files, named relative to the table's folder.
+FILES = ("path", "test", "entities", "items")
+
 
 @dataclass
 class Lab:
@@ -79,10 +82,12 @@ def benchmark(table: Table, count: Callable[[str], int]) -> Benchmark:
     kind = options.pop("kind", None)
     if kind not in BENCHMARKS:
         raise TableError(f"data.kind = {kind!r} is none of {', '.join(BENCHMARKS)}")
-    if "path" in options:
-        options["path"] = str(Path(table.folder) / str(options["path"]))
+    options |= {key: str(Path(table.folder) / str(options[key])) for key in FILES if key in options}
     _check_data(kind, options)
     found = BENCHMARKS[kind](table.needed, table.probes.fresh, count, **options)
+    if (found.test is not None) != (table.protocol == "recommend"):
+        raise TableError(f"data of the kind '{kind}' is not for the protocol {table.protocol}: conversations (films, "
+                         "inspired, redial) are for recommend, and recommend is for them")
     if not table.questions:
         return found
     most = table.questions

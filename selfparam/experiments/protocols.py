@@ -2,7 +2,7 @@
 
 single: one context into a fresh θ'. batch: n contexts at once, all questions after. sequential: n contexts one after
 another, or some in each step (a day's): a fold, merged after each step, all questions after every step. The ablation is
-one of these with other authors. Refuses to know files and processes.
+one of these with other authors. recommend is in recommending.py. Refuses to know files and processes.
 Source: arXiv 2410.00487, sections 4.1-4.3; days and changed facts are ours.
 """
 
@@ -11,18 +11,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import mean
-from typing import Any
 
 from selfparam.data.items import Item
 from selfparam.experiments.lab import Lab
+from selfparam.experiments.recommending import Scores, recommending
 from selfparam.experiments.spec import Cell, Table
 from selfparam.methods import Reader, Stacking
 from selfparam.methods.readers import ANSWER_TOKENS
 from selfparam.metrics.forgetting import backward_transfer, forgetting
 from selfparam.metrics.qa_f1 import mean_f1, qa_f1
 from selfparam.types import Question, TargetSet, content_hash
-
-Scores = dict[str, Any]
 
 
 def members(table: Table, cell: Cell) -> range:
@@ -140,7 +138,7 @@ def base_row(lab: Lab, items: Sequence[Item], answers: list[list[str]]) -> list[
 
 
 PROTOCOLS: dict[str, Callable[[Lab, Table, Cell, Sequence[TargetSet]], Scores]] = {
-    "single": at_once, "batch": at_once, "sequential": sequential,
+    "single": at_once, "batch": at_once, "sequential": sequential, "recommend": recommending,
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from selfparam.experiments.spec import Table
 from selfparam.experiments.summary import Block, Interval, Line
+from selfparam.metrics.recall import FILTERS
 
 LEGEND = {
     "F1": "QA-F1 of LongBench, mean over the questions of a context, then over contexts",
@@ -24,6 +25,14 @@ LEGEND = {
     "world": "F1 on facts that it knew before",
     "KL": "drift on held-out unrelated text, nats per token",
     "S": "tokens kept outside the weights",
+    "r1": "Recall@1 over all targets, names as they are (in parentheses: the least and most over all ties)",
+    "r2": "the same without names mentioned earlier in the conversation",
+    "r3": "without titles more than two edits away from every name",
+    "r4": "without both",
+    "@20": "Recall@20 with the filter {filter}",
+    "p": "exact McNemar test between the hits of this row and of the row that the gain is measured against",
+    "lists": "share of outputs with a numbered list",
+    "unknown": "share of titles that are no entity",
     "s": "seconds to absorb, one cell",
     "s/step": "seconds to absorb, one step of a sequence",
 }
@@ -37,11 +46,15 @@ def _interval(value: Interval | None) -> str:
     return "-" if value is None else f"{value[0]:.2f} to {value[1]:.2f}"
 
 
+def _bounded(value: float, low: float, high: float) -> str:
+    return f"{value:.3f}" + ("" if low == high else f" ({low:.3f}-{high:.3f})")
+
+
 def columns(table: Table, block: Block) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of a block; columns without any number are left out."""
     paper = f"paper ({block.model.paper})" if block.model.paper else "paper"
-    heads = ["method", "pairs", "n", "F1", "95 %", paper, "gain", "just", "forget", "BWT", "new", "old", "leak",
-             "fresh", "world", "KL", "S", "s", "s/step"]
+    heads = ["method", "pairs", "n", "F1", "r1", "r2", "r3", "r4", "95 %", paper, "gain", "p", "@20", "lists",
+             "unknown", "just", "forget", "BWT", "new", "old", "leak", "fresh", "world", "KL", "S", "s", "s/step"]
     lines = [_cells(line) for line in block.lines]
     kept = [0, *(i for i in range(1, len(heads)) if any(cells[i] != "-" for cells in lines))]
     return [heads[i] for i in kept], [[cells[i] for i in kept] for cells in lines]
@@ -51,8 +64,11 @@ def _cells(line: Line) -> list[str]:
     gain = "-" if line.gain is None else f"{line.gain[0]:+.2f} ({_interval(line.gain[1])})"
     done = str(line.done) if line.done == line.cells else f"{line.done} of {line.cells}"
     storage = "-" if line.storage is None else f"{line.storage:,.0f}"
-    return [line.method.label, line.method.author or "-", done, number(line.f1, 3), _interval(line.interval),
-            number(line.paper, 4), gain, number(line.just), number(line.forgetting), number(line.bwt), number(line.new),
+    recalls = [_bounded(*line.recall[r]) if line.recall else "-" for r in FILTERS]
+    p = "-" if line.p is None else f"{line.p:.2g}"
+    return [line.method.label, line.method.author or "-", done, number(line.f1, 3), *recalls, _interval(line.interval),
+            number(line.paper, 4), gain, p, number(line.last, 3), number(line.lists), number(line.unknown),
+            number(line.just), number(line.forgetting), number(line.bwt), number(line.new),
             number(line.old), number(line.leak), number(line.fresh), number(line.world), number(line.kl), storage,
             number(line.seconds, 1), number(line.step, 1)]
 
@@ -60,19 +76,29 @@ def _cells(line: Line) -> list[str]:
 def heading(table: Table, block: Block) -> str:
     """What a block is about, in a few words."""
     size = {"single": f"{block.n} contexts, one at a time", "batch": f"{block.n} contexts at once",
-            "sequential": f"{table.sequences} sequences of {block.n} contexts"}[table.protocol]
+            "sequential": f"{table.sequences} sequences of {block.n} contexts",
+            "recommend": f"{block.n} conversations at once"}[table.protocol]
     return f"{block.model.shown}, {size}"
 
 
-def legend(heads: Sequence[str], block: Block) -> list[str]:
+def legend(table: Table, heads: Sequence[str], block: Block) -> list[str]:
     """A sentence for every column that needs one."""
     words = [head.split(" (")[0] for head in heads]
-    return [f"{word}: {LEGEND[word].format(best=block.baseline or '-')}" for word in words if word in LEGEND]
+    says = LEGEND
+    if table.protocol == "recommend":
+        says = {**LEGEND, "95 %": "bootstrap interval of {filter} over the conversations that are asked about (without "
+                          "such: over targets)", "gain": "paired difference in {filter} with its interval"}
+    values = {"best": block.baseline or "-", "filter": table.recommend.filter}
+    return [f"{word}: {says[word].format(**values)}" for word in words if word in says]
 
 
 def notes_of(block: Block) -> list[str]:
     """What the methods had to say, and what is wrong with the rows."""
-    return [*block.notes, *(f"{line.method.label}: {note}" for line in block.lines for note in line.notes)]
+    said: dict[str, list[str]] = {}
+    for line in block.lines:
+        for note in line.notes:
+            said.setdefault(note, []).append(line.method.label)
+    return [*block.notes, *(f"{'; '.join(labels)}: {note}" for note, labels in said.items())]
 
 
 def text(table: Table, blocks: Sequence[Block]) -> str:
@@ -101,7 +127,7 @@ def markdown(table: Table, blocks: Sequence[Block], command: str, figure: str = 
     for block in blocks:
         heads, lines = columns(table, block)
         parts += ["", f"## {heading(table, block)}", "", _row(heads), _row(["---"] * len(heads)), *map(_row, lines), ""]
-        parts += [f"- {one}" for one in legend(heads, block)] + [f"- note: {one}" for one in notes_of(block)]
+        parts += [f"- {one}" for one in legend(table, heads, block)] + [f"- note: {one}" for one in notes_of(block)]
     return "\n".join(parts) + "\n"
 
 
@@ -115,12 +141,13 @@ def as_csv(table: Table, blocks: Sequence[Block]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["table", "model", "contexts", "method", "pairs", "cells", "f1", "f1_low", "f1_high", "paper",
                      "gain", "gain_low", "gain_high", "just", "leak", "fresh", "world", "kl", "storage_tokens",
-                     "seconds", "seconds_step", "forgetting", "bwt", "new", "old"])
+                     "seconds", "seconds_step", "forgetting", "bwt", "new", "old", *FILTERS, "at_20", "p"])
     for block in blocks:
         for line in block.lines:
             gain = (line.gain[0], *line.gain[1]) if line.gain else (None, None, None)
             writer.writerow([table.name, block.model.shown, block.n, line.method.label, line.method.author, line.done,
                              line.f1, *(line.interval or (None, None)), line.paper, *gain, line.just, line.leak,
                              line.fresh, line.world, line.kl, line.storage, line.seconds, line.step,
-                             line.forgetting, line.bwt, line.new, line.old])
+                             line.forgetting, line.bwt, line.new, line.old,
+                             *(line.recall[r][0] if line.recall else None for r in FILTERS), line.last, line.p])
     return out.getvalue()

@@ -21,7 +21,8 @@ from typing import Any
 from selfparam.errors import AuthorError, InjectionError, ModelError, TableError, TargetError
 from selfparam.experiments.authors import sets_by
 from selfparam.experiments.lab import Lab, open_lab
-from selfparam.experiments.protocols import PROTOCOLS, Scores, members, stacked
+from selfparam.experiments.protocols import PROTOCOLS, members, stacked
+from selfparam.experiments.recommending import Scores
 from selfparam.experiments.rows import Row, append_row, read_rows, usable, write_rows
 from selfparam.experiments.spec import Cell, ModelSpec, Table, cells_of
 from selfparam.inject.stack import STACK

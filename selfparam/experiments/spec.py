@@ -15,11 +15,13 @@ from typing import Any, Literal, get_args
 
 from selfparam.errors import TableError
 from selfparam.methods import Method, make_method
+from selfparam.metrics.recall import FILTERS, Filter
 from selfparam.targets import ROUNDS
+from selfparam.targets.recommend import prompt_named
 from selfparam.types import content_hash
 
-Protocol = Literal["single", "batch", "sequential"]
-AuthorKind = Literal["oracle", "local", "endpoint", "erring"]
+Protocol = Literal["single", "batch", "sequential", "recommend"]
+AuthorKind = Literal["oracle", "local", "endpoint", "erring", "recommending"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class AuthorSpec:
     """Who writes the pairs. oracle: the data's own. local: `model` ("self" or another). endpoint: `model` at `url`.
 
     erring: the pairs of the author `of`, where the share `wrong` of the answers belongs to other contexts' questions.
+    recommending: the pairs of `of` (empty: none), and what the model itself recommends at `pairs` turns of each
+    conversation, which it has in front: the recommendation `prompt` with at most `tokens` new tokens.
     """
 
     kind: AuthorKind
@@ -58,12 +62,13 @@ class AuthorSpec:
     checked: bool = True
     of: str = ""
     wrong: float = 0.0
+    tokens: int = 512
 
     def deciding(self) -> dict[str, Any]:
         """The fields that decide what an author of this kind writes."""
         both = ("model", "prompt", "pairs", "rounds")
         fields = {"oracle": (), "erring": ("of", "wrong"), "endpoint": (*both, "url"),
-                  "local": (*both, "temperature", "checked")}
+                  "local": (*both, "temperature", "checked"), "recommending": ("of", "pairs", "prompt", "tokens")}
         return {"kind": self.kind} | {name: getattr(self, name) for name in fields[self.kind]}
 
 
@@ -75,7 +80,7 @@ class MethodSpec:
     first: only that many of the cells (contexts or sequences), for rows that cost much. at_once: in a sequence, absorb
     all contexts in one call. against: label of the row that gains are measured against (empty: SELF-PARAM's against the
     best baseline). pairs: at most so many of the author's pairs for each context (0: all).
-    paper: the paper's figures by model, or by model and number of contexts.
+    paper: the paper's figures by model, or by model and number of contexts (recommend: and filter, r1 to r4).
     """
 
     label: str
@@ -92,7 +97,7 @@ class MethodSpec:
     def make(self) -> Method:
         return make_method(self.method, self.options)
 
-    def paper_figure(self, model: ModelSpec, n: int) -> float | None:
+    def paper_figure(self, model: ModelSpec, n: int | str) -> float | None:
         found = self.paper.get(model.paper)
         return found.get(str(n)) if isinstance(found, Mapping) else found
 
@@ -102,6 +107,18 @@ class MethodSpec:
         if self.method == "base" and self.options.get("context") == "own":
             return "bound"
         return "ours" if self.method == "selfparam" else "baseline"
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How the protocol recommend asks. prompt: a file of prompts/ by name. tokens: at most so many new ones.
+
+    filter: which of r1 to r4 intervals and gains are about.
+    """
+
+    prompt: str = "recommend"
+    tokens: int = 512
+    filter: Filter = "r1"
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,7 @@ class Table:
 
     sequences, ask_at: for sequential: how many, and after how many contexts all questions are asked (empty: each step).
     per_step: for sequential: contexts that are absorbed in one step (a day's).
-    questions: at most so many for each context (0: all). plain: the text above the table.
+    questions: at most so many for each context (0: all). about: the text above the table. recommend: its questions.
     """
 
     title: str
@@ -135,6 +152,7 @@ class Table:
     methods: tuple[MethodSpec, ...]
     authors: Mapping[str, AuthorSpec] = field(default_factory=dict)
     probes: Probes = field(default_factory=Probes)
+    recommend: Asking = field(default_factory=Asking)
     about: str = ""
     sequences: int = 1
     ask_at: tuple[int, ...] = ()
@@ -157,7 +175,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Cell:
-    """One unit of work: a method on context `index` (n = 1), on n at once (batch), or on sequence `index` of n."""
+    """One unit of work: a method on context `index` (n = 1), on n at once (batch, recommend), or on sequence `index`
+    of n."""
 
     model: ModelSpec
     method: MethodSpec
@@ -178,7 +197,7 @@ def cells_of(table: Table) -> list[Cell]:
         for n in table.contexts:
             for method in methods_of(table, model):
                 settings = settings_of(table, model, method)
-                count = {"single": n, "batch": 1, "sequential": table.sequences}[table.protocol]
+                count = table.sequences if table.protocol == "sequential" else n if table.protocol == "single" else 1
                 size = 1 if table.protocol == "single" else n
                 found += [Cell(model, method, size, i, settings) for i in range(min(count, method.first or count))]
     return found
@@ -207,6 +226,8 @@ def settings_of(table: Table, model: ModelSpec, method: MethodSpec) -> str:
     if table.protocol == "sequential":
         settings |= {"ask_at": table.ask_at, "at_once": method.at_once}
         settings |= {"per_step": table.per_step} if table.per_step > 1 else {}
+    if table.protocol == "recommend":
+        settings |= {"recommend": [content_hash(prompt_named(table.recommend.prompt)), table.recommend.tokens]}
     return json.dumps(settings, sort_keys=True)
 
 
@@ -249,6 +270,7 @@ def _table(raw: dict[str, Any], file: Path) -> Table:
         raise TableError("'authors' is no table: write [authors.NAME]")
     given["authors"] = {name: _made(AuthorSpec, one, f"author '{name}'") for name, one in authors.items()}
     given["probes"] = _made(Probes, given.get("probes", {}), "'probes'")
+    given["recommend"] = _made(Asking, given.get("recommend", {}), "'recommend'")
     given["folder"], given["name"] = str(file.resolve().parent), file.stem
     table: Table = _made(Table, given, "the table")
     _check(table)
@@ -302,12 +324,18 @@ def _check(table: Table) -> None:
         raise TableError("'sequences' must be at least 1, and 'ask_at' steps from 0 to the number of contexts")
     if table.per_step < 1 or any(i % table.per_step and i != table.contexts[0] for i in table.ask_at):
         raise TableError("'per_step' must be at least 1, and 'ask_at' multiples of it")
+    if table.recommend.filter not in FILTERS or table.recommend.tokens < 1:
+        raise TableError(f"'recommend': filter must be one of {', '.join(FILTERS)}, tokens at least 1")
+    prompt_named(table.recommend.prompt)
     for name, author in table.authors.items():
         if author.kind not in get_args(AuthorKind):
             raise TableError(f"author '{name}': kind = {author.kind!r} is none of {', '.join(get_args(AuthorKind))}")
         if author.kind == "erring" and (table.authors.get(author.of, author).kind == "erring"
                                         or not 0 <= author.wrong <= 1):
             raise TableError(f"author '{name}': 'of' must name an author who does not err, 'wrong' a share from 0 to 1")
+        if author.kind == "recommending" and (author.of not in ("", *table.authors) or author.of == name
+                                              or table.protocol != "recommend"):
+            raise TableError(f"author '{name}': is for the protocol recommend, and 'of' must name another author")
     for model in table.models:
         labels = [m.label for m in methods_of(table, model)]
         twice = [label for label in labels if labels.count(label) > 1]

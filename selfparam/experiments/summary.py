@@ -7,7 +7,7 @@ are percentile bootstraps over contexts (sequential: over sequences, whose conte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from selfparam.experiments.rows import Row
 from selfparam.experiments.spec import Cell, MethodSpec, ModelSpec, Table, cells_of, methods_of
+from selfparam.metrics.recall import KS, mcnemar
 
 SAMPLES = 2000
 
@@ -28,6 +29,9 @@ class Line:
     interval: 95 % of the mean F1. gain: mean difference to the best baseline on the same contexts with its 95 %.
     storage: mean tokens kept outside the weights. done, cells: how many of its cells have a row.
     forgetting, bwt, step (seconds of one step), new, old (shares of changed facts): of sequences.
+    recall: of recommendations, Recall@1 over all targets by filter, and the least and most over all choices among ties;
+    last: Recall@20; interval and gain are of the table's filter; p: exact McNemar test against the gain's rival.
+    lists, unknown: shares of outputs with a numbered list, of titles that are no entity.
     """
 
     method: MethodSpec
@@ -49,6 +53,11 @@ class Line:
     step: float | None = None
     new: float | None = None
     old: float | None = None
+    recall: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    last: float | None = None
+    p: float | None = None
+    lists: float | None = None
+    unknown: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -73,10 +82,21 @@ def bootstrap(values: Sequence[float], samples: int = SAMPLES) -> Interval:
 
 
 def units(table: Table, rows: Sequence[Row]) -> dict[str, float]:
-    """The independent scores of a method: F1 by context, or by sequence."""
+    """The independent scores of a method: F1 by context, or by sequence; Recall@1 by conversation asked about."""
     if table.protocol == "sequential":
         return {str(row["index"]): row["f1"] for row in rows}
+    if table.protocol == "recommend":
+        [row] = rows
+        found: dict[str, list[bool]] = {}
+        for unit, hit in zip(row["units"], hits(row, table.recommend.filter), strict=True):
+            found.setdefault(unit, []).append(hit)
+        return {unit: mean(hit) for unit, hit in found.items()}
     return {context: score for row in rows for context, score in row["contexts"].items()}
+
+
+def hits(row: Row, chosen: str, k: int = 1) -> list[bool]:
+    """For each target of the test, whether it is a hit at k."""
+    return [0 < at <= k for at in row["hit_at"][chosen]]
 
 
 def blocks_of(table: Table, rows: Mapping[str, Row]) -> list[Block]:
@@ -101,6 +121,7 @@ def _block(table: Table, model: ModelSpec, n: int, cells: Sequence[Cell], rows: 
                  if m.role == "baseline" and m.label in scores}
     best = max(baselines, key=lambda label: baselines[label]) if baselines else ""
     lines = []
+    recommends = table.protocol == "recommend"
     for method in methods:
         own = by_method[method.label]
         failed = [rows[c.id]["error"] for c in own if c.id in rows and "error" in rows[c.id]]
@@ -108,7 +129,9 @@ def _block(table: Table, model: ModelSpec, n: int, cells: Sequence[Cell], rows: 
         gain = _gain(scores.get(method.label, {}), scores.get(rival, {}))
         per_step = table.per_step if table.protocol == "sequential" and not method.at_once else 0
         lines.append(_line(method, per_step, len(own), good[method.label], scores.get(method.label, {}),
-                           method.paper_figure(model, n), gain, failed))
+                           method.paper_figure(model, table.recommend.filter if recommends else n), gain, failed))
+        if recommends and good[method.label]:
+            lines[-1] = _with_recall(lines[-1], table.recommend.filter, good[method.label][0], good.get(rival, []))
     hashes = {row["model_hash"] for c in cells if (row := rows.get(c.id))}
     notes = ("rows of different weights: run the table again",) if len(hashes) > 1 else ()
     return Block(model, n, tuple(lines), best, notes)
@@ -134,8 +157,19 @@ def _line(method: MethodSpec, per_step: int, cells: int, rows: Sequence[Row], sc
         average("just"), average("leak"), average("fresh"), average("world"), average("kl"),
         average("storage_tokens"), mean(row["seconds"]["absorb"] for row in rows), average("forgetting"),
         average("bwt"), mean(row["seconds"]["absorb"] / -(-row["n"] // per_step) for row in rows) if per_step else None,
-        average("new"), average("old"), tuple(dict.fromkeys(notes)),
+        average("new"), average("old"), notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _with_recall(line: Line, chosen: str, row: Row, rivals: Sequence[Row]) -> Line:
+    """The line of a row of the protocol recommend."""
+    n = len(row["units"])
+    found = {r: (mean(hits(row, r)), row["low"][r][0] / n, row["high"][r][0] / n) for r in row["hit_at"]}
+    p = None
+    if rivals and rivals[0] is not row and rivals[0]["units"] == row["units"]:
+        p = mcnemar(hits(row, chosen), hits(rivals[0], chosen)).p
+    return replace(line, f1=None, recall=found, last=mean(hits(row, chosen, KS[-1])), p=p,
+                   lists=row["shares"]["lists"], unknown=row["shares"]["out_of_vocabulary"])
 
 
 def _gain(ours: Mapping[str, float], theirs: Mapping[str, float]) -> tuple[float, Interval] | None:

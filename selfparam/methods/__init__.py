@@ -16,12 +16,12 @@ from selfparam.methods.dpr import DPR
 from selfparam.methods.finetune import FineTune
 from selfparam.methods.infllm import InfLLM
 from selfparam.methods.memoryllm import MemoryLLM
-from selfparam.methods.protocol import Method, Reader, Stacking
+from selfparam.methods.protocol import Fronted, Method, Reader, Stacking
 from selfparam.methods.raptor import Raptor
 from selfparam.methods.selfparam import SelfParam
 from selfparam.types import FAST, PAPER, PAPER_RECOMMEND, PAPER_SEQUENTIAL, SMALL, SMALL_SEQUENTIAL, Recipe
 
-__all__ = ["METHODS", "RECIPES", "Method", "Reader", "Stacking", "make_method"]
+__all__ = ["METHODS", "RECIPES", "Fronted", "Method", "Reader", "Stacking", "make_method"]
 
 METHODS: dict[str, type[Any]] = {
     "base": Base,

@@ -47,10 +47,16 @@ class Given:
 
     def answer(self, questions: Sequence[Question]) -> list[str]:
         """Raises ModelError where all contexts together do not fit the window."""
+        contexts = self.in_front(questions, [self.lm.window - ANSWER_TOKENS] * len(questions))
+        return self.lm.answer([q.text for q in questions], contexts, max_new_tokens=ANSWER_TOKENS)
+
+    def in_front(self, questions: Sequence[Question], rooms: Sequence[int]) -> list[str | None]:
+        """Raises ModelError where all contexts together do not fit."""
+        if not self.everything:
+            return [self.texts.get(q.about or "") for q in questions]
         whole = ", ".join(self.texts.values())
-        size = len(self.lm.encode(whole)) if self.everything else 0
-        if size + ANSWER_TOKENS > self.lm.window:
+        size = len(self.lm.encode(whole))
+        if size > min(rooms, default=size):
             raise ModelError(f"{len(self.texts)} contexts have {size} tokens, more than the window of {self.lm.window}"
                              ": use fewer contexts, or another method")
-        contexts = [whole if self.everything else self.texts.get(q.about or "") for q in questions]
-        return self.lm.answer([q.text for q in questions], contexts, max_new_tokens=ANSWER_TOKENS)
+        return [whole] * len(questions)

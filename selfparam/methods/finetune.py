@@ -16,25 +16,27 @@ from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
 from selfparam.methods.readers import Memory
 from selfparam.methods.stacked import UNTRAINED, memories
+from selfparam.targets.recommend import ft_c
 from selfparam.targets.unrelated import add_unrelated
 from selfparam.types import PAPER, Recipe, Sentence, TargetSet
 
 
 @dataclass(frozen=True)
 class FineTune:
-    """on: "contexts" = FT(C), "sentences" = FT(S), "answers" = FT(Q). recipe: its objective is always next-word.
+    """on: "contexts" = FT(C), "sentences" = FT(S), "answers" = FT(Q); "turns" = FT(C) on conversations.
 
+    recipe: its objective is always next-word.
     ratio: unrelated sentences for each pair (FT(S) trains on the whole target sentence set). source: who writes them.
     """
 
-    on: Literal["contexts", "sentences", "answers"] = "contexts"
+    on: Literal["contexts", "sentences", "answers", "turns"] = "contexts"
     recipe: Recipe = PAPER
     ratio: float = 1.0
     source: str = "self"
 
     @property
     def needs_pairs(self) -> bool:
-        return self.on != "contexts"
+        return self.on in ("sentences", "answers")
 
     @property
     def stacks(self) -> bool:
@@ -52,11 +54,13 @@ class FineTune:
         """What is trained on, of the sets that have any."""
         if self.on == "contexts":
             return [TargetSet(s.context, (Sentence("", s.context.text, s.context.id),)) for s in sets]
+        if self.on == "turns":
+            return [ft_c(s.context) for s in sets]
         chosen = [replace(s, unrelated=()) for s in sets if s.related]
         if self.on == "sentences" and self.ratio and chosen:
             return add_unrelated(lm, chosen, ratio=self.ratio, neighbour_share=0.0, source=self.source, seed=seed)
         return chosen
 
     def _recipe(self, seed: int) -> Recipe:
-        loss_on: Literal["answer", "pair"] = "answer" if self.on == "answers" else "pair"
+        loss_on: Literal["answer", "pair"] = "answer" if self.on in ("answers", "turns") else "pair"
         return self.recipe.but(objective="next-word", loss_on=loss_on, seed=seed)

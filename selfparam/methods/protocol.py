@@ -31,6 +31,15 @@ class Reader(Protocol):
     def answer(self, questions: Sequence[Question]) -> list[str]: ...
 
 
+@runtime_checkable
+class Fronted(Protocol):
+    """A Reader that answers with its `lm` and a text in front: longer things than answers can be asked of it."""
+
+    def in_front(self, questions: Sequence[Question], rooms: Sequence[int]) -> list[str | None]:
+        """What stands in front of each question (None: nothing). rooms: tokens that there are for it."""
+        ...
+
+
 class Method(Protocol):
     """A frozen dataclass whose fields are its options in a table."""
 

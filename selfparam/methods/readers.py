@@ -29,6 +29,9 @@ class Memory:
     def answer(self, questions: Sequence[Question]) -> list[str]:
         return self.lm.answer([q.text for q in questions], max_new_tokens=ANSWER_TOKENS)
 
+    def in_front(self, questions: Sequence[Question], rooms: Sequence[int]) -> list[str | None]:
+        return [None] * len(questions)
+
 
 @dataclass(frozen=True)
 class Prompted:
@@ -44,18 +47,21 @@ class Prompted:
     notes: list[str] = field(default_factory=list)
 
     def answer(self, questions: Sequence[Question]) -> list[str]:
-        fitted = [self._fitted(q) for q in questions]
+        rooms = [self.lm.window - ANSWER_TOKENS - len(self.lm.question(q.text)) for q in questions]
+        return self.lm.answer([q.text for q in questions], self.in_front(questions, rooms),
+                              max_new_tokens=ANSWER_TOKENS)
+
+    def in_front(self, questions: Sequence[Question], rooms: Sequence[int]) -> list[str | None]:
+        fitted = [self._fitted(q, room) for q, room in zip(questions, rooms, strict=True)]
         fewer = sum(cut for _, cut in fitted)
         if fewer:
             self.notes.append(f"{fewer} of {len(questions)} prompts hold fewer texts than were found: the window of "
                               f"{self.lm.window} tokens is too small")
-        texts = [text or None for text, _ in fitted]
-        return self.lm.answer([q.text for q in questions], texts, max_new_tokens=ANSWER_TOKENS)
+        return [text or None for text, _ in fitted]
 
-    def _fitted(self, question: Question) -> tuple[str, bool]:
+    def _fitted(self, question: Question, room: int) -> tuple[str, bool]:
         """As many of the texts as fit, and whether some were left out."""
         found = list(self.find(question))
-        room = self.lm.window - ANSWER_TOKENS - len(self.lm.question(question.text))
         kept = len(found)
         while kept and len(self.lm.prefix(self.joint.join(found[:kept]))) > room:
             kept -= 1

@@ -1,4 +1,4 @@
-"""Conversations as targets, and recommendations: what FT (C), FT (Q) and SELF-PARAM train on, and the 20 titles asked.
+"""Conversations as targets, and recommendations: what FT (C) and SELF-PARAM train on, and the 20 titles asked.
 
 Pairs about a conversation are written as about any context (targets.write_pairs); here are the kinds of sentence that
 only conversations have. Refuses to know training and scores: texts go to metrics.recall.
@@ -8,16 +8,26 @@ Source: SELF-PARAM, arXiv 2410.00487, 4.4; the prompt (prompts/recommend.txt) is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import resources
 
 from selfparam.data.conversations import input_of, turns_of
+from selfparam.errors import TargetError
 from selfparam.lm import LM, Progress
-from selfparam.types import Context, Recipe, Sentence, TargetSet
+from selfparam.types import Context, Sentence, TargetSet
 
-RECOMMEND = resources.files("selfparam.prompts").joinpath("recommend.txt").read_text("utf-8")
+
+def prompt_named(name: str) -> str:
+    """A prompt with {input}, a file of prompts/. Raises TargetError."""
+    file = resources.files("selfparam.prompts").joinpath(f"{name}.txt")
+    text = file.read_text("utf-8") if name.isidentifier() and file.is_file() else ""
+    if "{input}" not in text:
+        raise TargetError(f"no prompt '{name}' for recommendations: use recommend or bare")
+    return text
+
+
+RECOMMEND = prompt_named("recommend")
 #: For models too small to follow an instruction: the conversation alone.
-BARE = "{input}"
+BARE = prompt_named("bare")
 NEW_TOKENS = 512
 
 
@@ -81,19 +91,6 @@ def recommendations(lm: LM, conversations: Sequence[Context], *, turns: int = 1,
     return [tuple(sentences) for sentences in found]
 
 
-# --- what the baselines train on -------------------------------------------------------------------------------------
-
-
 def ft_c(x: Context) -> TargetSet:
-    """FT (C): the conversation itself, next-word loss on the system's turns (with the recipe of fine_tuning)."""
+    """FT (C): the conversation itself, for next-word loss on the system's turns."""
     return TargetSet(x, system_turns(x), (), "system turns")
-
-
-def ft_q(one: TargetSet) -> TargetSet:
-    """FT (Q): the pairs alone, next-word loss on the answers (with the recipe of fine_tuning)."""
-    return replace(one, unrelated=())
-
-
-def fine_tuning(recipe: Recipe) -> Recipe:
-    """The recipe of both baselines: next-word loss, on completions only."""
-    return recipe.but(objective="next-word", loss_on="answer")
