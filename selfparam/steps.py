@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from selfparam.contexts import split_context
+from selfparam.data.files import json_lines
 from selfparam.errors import ModelError, TargetError
 from selfparam.inject import Injection, inject
 from selfparam.inject.checkpoint import Checkpoints
@@ -38,7 +39,7 @@ from selfparam.targets import (
     read_sets,
     write_pairs,
 )
-from selfparam.targets.files import numbered_lines, text_of
+from selfparam.targets.files import text_of
 from selfparam.targets.rehearsal import add_rehearsed
 from selfparam.targets.unrelated import NEIGHBOUR_SHARE, RATIO, add_unrelated, packaged
 from selfparam.types import (
@@ -255,11 +256,11 @@ def read_questions(path: str | Path, contexts: Sequence[Context] | None) -> list
     """JSONL of {"question", "answers": [...] (or "answer")} and perhaps "context": an id, a title or a file's name.
 
     With one context it may be left out; with None the questions are about nothing in particular.
-    Raises TargetError with file and line.
+    Raises TargetError or DataError with file and line.
     """
     found: list[Question] = []
     known = contexts or []
-    for line, where in numbered_lines(Path(path)):
+    for line, where in json_lines(path):
         given = line.get("answers", line.get("answer"))
         answers: list[Any] = given if isinstance(given, list) else [given]
         if not answers or any(not isinstance(a, str) or not a.strip() for a in answers):

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from selfparam.contexts import read_contexts
-from selfparam.errors import ContextError, ModelError, OutputError, SelfParamError, StoreError, TargetError
+from selfparam.errors import ContextError, DataError, ModelError, OutputError, SelfParamError, StoreError, TargetError
 from selfparam.steps import read_questions
 from selfparam.store import read_record
 from selfparam.store.guard import Limits, Measured, faults
@@ -287,7 +287,7 @@ def test_sets_pairs_and_questions_or_one_line(tmp_path: Path, raw: bytes) -> Non
                  lambda p: read_questions(p, None)):
         try:
             read(path)
-        except TargetError as error:
+        except (TargetError, DataError) as error:
             assert str(error).strip()
 
 

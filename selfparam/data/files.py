@@ -22,7 +22,8 @@ def read_text(path: str | Path) -> str:
         raw = Path(path).read_bytes()
         return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 text: save the file as UTF-8") from error
+        bad = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path} line {bad}: is not UTF-8 text: save the file as UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"'{path}' is a damaged gzip file ({error}): fetch it again") from error
     except OSError as error:
@@ -38,8 +39,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a JSONL file and where they stand ("test.jsonl line 3"). Raises DataError."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    """The objects of a JSONL file and where they stand ("test.jsonl line 3"). Raises DataError, also for none."""
+    text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: is empty: write one JSON object on each line")
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path} line {number}"

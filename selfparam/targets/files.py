@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from selfparam.data.files import json_lines
 from selfparam.errors import OutputError, TargetError
 from selfparam.targets.authors import Author
 from selfparam.targets.parse import Report
@@ -37,11 +38,12 @@ def read_sets(path: str | Path) -> list[TargetSet]:
     """Target sets from what write_sets wrote and a person may have edited.
 
     A sentence without "context" belongs to the context above it; without "about" it is about its context, with
-    "about": null it is unrelated. A context without "id" gets the hash of its text. Raises TargetError with file, line.
+    "about": null it is unrelated. A context without "id" gets the hash of its text. Raises TargetError or
+    DataError with file and line.
     """
     sets: list[TargetSet] = []
     at: dict[str, int] = {}
-    for line, where in numbered_lines(Path(path)):
+    for line, where in json_lines(path):
         if "text" in line:
             title, source, name, author = (text_of(line, key, where, "") for key in ("title", "source", "id", "author"))
             context = Context(text_of(line, "text", where), title, source, name)
@@ -69,10 +71,10 @@ def read_pairs(path: str | Path, contexts: Sequence[Context]) -> list[TargetSet]
     """One's own pairs, JSONL of "question" and "answer" (or "prompt" and "completion"): a target set for each context.
 
     "context" (an id or a title) says which one a pair is about; with one context it may be left out.
-    Raises TargetError with file and line, or for a context that no pair is about.
+    Raises TargetError or DataError with file and line, or for a context that no pair is about.
     """
     related: list[list[Sentence]] = [[] for _ in contexts]
-    for line, where in numbered_lines(Path(path)):
+    for line, where in json_lines(path):
         question, answer = ("prompt", "completion") if "prompt" in line else ("question", "answer")
         i = 0 if len(contexts) == 1 and line.get("context") is None else _owner(line, contexts, where)
         related[i].append(Sentence(text_of(line, question, where), text_of(line, answer, where), contexts[i].id))
@@ -129,30 +131,6 @@ def _owner(line: dict[str, Any], contexts: Sequence[Context], where: str) -> int
         count = "no context is" if not fits else f"{len(fits)} contexts are"
         raise TargetError(f"{where}: {count} called '{name}': give the id or the title of one of the contexts")
     return fits[0]
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a JSONL file and where they stand ("pairs.jsonl line 3"). Raises TargetError."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise TargetError(f"cannot read '{path}' ({error.strerror or error}): give a JSONL file") from error
-    except UnicodeDecodeError as error:
-        bad = error.object[: error.start].count(b"\n") + 1
-        raise TargetError(f"{path} line {bad}: is not UTF-8 text: save the file as UTF-8") from error
-    if not text.strip():
-        raise TargetError(f"{path}: is empty: write one JSON object on each line")
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TargetError(f"{where}: is not JSON ({error}): write one JSON object on each line") from error
-        if not isinstance(found, dict):
-            raise TargetError(f"{where}: is not a JSON object: write one object on each line, not a list")
-        yield found, where
 
 
 def text_of(line: dict[str, Any], key: str, where: str, default: str | None = None) -> str:
