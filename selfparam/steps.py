@@ -21,7 +21,7 @@ import torch
 
 from selfparam.contexts import split_context
 from selfparam.errors import ModelError, TargetError
-from selfparam.inject import Injection, inject
+from selfparam.inject import Injection, inject, precision
 from selfparam.inject.checkpoint import Checkpoints
 from selfparam.lm import LM
 from selfparam.metrics.drift import drift, reference
@@ -204,7 +204,7 @@ def first_of(history: Sequence[dict[str, Any]], journal: Journal, *, device: str
 def with_rehearsed(lm: LM, sets: Sequence[TargetSet], journal: Journal, recipe: Recipe,
                    first: LM | None = None) -> list[TargetSet]:
     """With sentences that the model writes from memory, for an injection that follows others. first: θ before those."""
-    with journal.step("writing from memory"):
+    with journal.step("writing from memory"), precision(lm, recipe):
         added, found = add_rehearsed(lm, sets, recipe.rehearsal, first=first,
                                      temperature=recipe.rehearsal_temperature, seed=recipe.seed)
     reasons = ", ".join(f"{n} {why}" for why, n in found.dropped.items())
