@@ -175,13 +175,14 @@ def with_unrelated(lm: LM, sets: Sequence[TargetSet], journal: Journal, *, sourc
                    recipe: Recipe) -> list[TargetSet]:
     """Unrelated sentences for those sets that have none.
 
-    ratio: for each pair; None: what measured best, or one for Eq. 2 to the letter, which has no questions about others.
+    ratio: for each pair; None: what measured best, half of it where sentences from memory will join them, or one for
+    Eq. 2 to the letter, which has no questions about others.
     """
     lacking = [one for one in sets if not one.unrelated]
     if ratio == 0 or not lacking:
         return list(sets)
     if ratio is None:
-        ratio = 1.0 if recipe.teacher_sees_x else RATIO
+        ratio = 1.0 if recipe.teacher_sees_x else RATIO / 2 if recipe.rehearsal else RATIO
     share = 0.0 if recipe.teacher_sees_x else NEIGHBOUR_SHARE
     with journal.step("finding unrelated sentences"):
         added = iter(add_unrelated(lm, lacking, ratio=ratio, neighbour_share=share, source=source, seed=recipe.seed))

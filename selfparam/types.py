@@ -153,4 +153,4 @@ SMALL = Recipe(
 )
 #: For the next injection into such a model: what it writes from memory holds what it has learned. All tokens of a pair
 #: are trained, questions too: a model rehearses only what it would ask by itself.
-SMALL_SEQUENTIAL = SMALL.but(rehearsal=120, loss_on="pair", batch_tokens=384, unrelated_share=0.5)
+SMALL_SEQUENTIAL = SMALL.but(rehearsal=80, loss_on="pair", unrelated_share=0.5)

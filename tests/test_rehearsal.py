@@ -154,7 +154,8 @@ def test_an_epoch_draws_its_share_of_the_unrelated_rows_and_all_others() -> None
     epochs = [epoch_steps(rows, 40, rng, 0.5) for _ in range(6)]
     for steps in epochs:
         chosen = [i for step in steps for i in step]
-        assert len(set(chosen)) == len(chosen) == 10 + 15 and {i for i in chosen if rows[i].related} == set(range(0, 40, 4))
+        assert len(set(chosen)) == len(chosen) == 10 + 15
+        assert {i for i in chosen if rows[i].related} == set(range(0, 40, 4))
     assert {len(steps) for steps in epochs} == {3}  # half of 150 tokens and 50: always as many
     assert {i for steps in epochs for step in steps for i in step} == set(range(40))
 
