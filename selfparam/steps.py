@@ -76,12 +76,13 @@ def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "aut
 def choose_recipe(lm: LM, name: str, *, follows: bool = False, **changes: Any) -> Recipe:
     """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out.
 
-    follows: something was injected before, which a small model rehearses.
+    follows: something was injected before, which a small model rehearses; nothing is rehearsed without it.
     """
     small = SMALL_SEQUENTIAL if follows else SMALL
     auto = small if lm.parameters < FEW_PARAMETERS else PAPER
-    return {"paper": PAPER, "fast": FAST, "small": small, "auto": auto}[name].but(
+    chosen = {"paper": PAPER, "fast": FAST, "small": small, "auto": auto}[name].but(
         **{key: value for key, value in changes.items() if value is not None})
+    return chosen if follows else chosen.but(rehearsal=0)
 
 
 # --- contexts -> target sets -----------------------------------------------------------------------------------------

@@ -101,10 +101,9 @@ def _learned(lm: LM, first: LM, sentences: Sequence[Sentence]) -> list[float]:
     found: list[float] = []
     head = lm.prefix(None)
     for start in range(0, len(sentences), _SCORED):
-        rows = []
-        for ids, prompt in map(lm.sentence, sentences[start : start + _SCORED]):
-            rows.append(([*head, *ids], len(head) + prompt))
-        width = max(len(ids) for ids, _ in rows)
+        parts = [lm.sentence(s) for s in sentences[start : start + _SCORED]]
+        rows = [([*head, *part], len(head) + prompt) for part, prompt in parts]
+        width = max(len(row) for row, _ in rows)
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row, _ in rows])
         gain = _log_probs(lm, ids) - _log_probs(first, ids)
         found += [float(gain[i, begin - 1 : len(row) - 1].sum()) for i, (row, begin) in enumerate(rows)]
