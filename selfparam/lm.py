@@ -259,8 +259,8 @@ class LM:
         """Continue rows of ids, batched by length; greedy at temperature 0. Returns texts in the order of `rows`.
 
         stop: text that ends an answer (base models: a line break). stop_at: ids that end it (their first one stops).
-        against: another θ whose likely words are avoided: tokens come from P² / P_against, P being this model's. For rows of
-        one length: others are padded, which shifts the places that it sees.
+        against: another θ whose likely words are avoided: tokens come from P² / P_against, P being this model's. For
+        rows of one length: others are padded, which shifts the places that it sees.
         Raises ModelError for a row beyond the window.
         """
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
