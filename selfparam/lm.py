@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessorList
+from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.utils import logging
 
@@ -29,6 +30,8 @@ EMBEDDED = "embedded"
 LINEAR = (torch.nn.Linear, Conv1D)
 #: Added in front of a context. Kept short and the same for every model.
 CONTEXT_HEAD, CONTEXT_TAIL = "Context: ", "\n\n"
+#: Weight of log P against another model's in `generate`: 2 log P - log P_against.
+GUIDANCE = 2.0
 _MARK = "\u2402\u2403"  # a string that no template contains, to find where the content goes
 #: Attributes of configurations whose effect on logits is not a plain linear head.
 _SCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -248,12 +251,16 @@ class LM:
         stop: str | None = None,
         stop_at: Sequence[int] = (),
         batch_tokens: int = 16_384,
+        batch_rows: int = 64,
         seed: int = 0,
+        against: LM | None = None,
         progress: Progress | None = None,
     ) -> list[str]:
         """Continue rows of ids, batched by length; greedy at temperature 0. Returns texts in the order of `rows`.
 
         stop: text that ends an answer (base models: a line break). stop_at: ids that end it (their first one stops).
+        against: another θ whose likely words are avoided: tokens come from P² / P_against, P being this model's. For
+        rows of one length: others are padded, which shifts the places that it sees.
         Raises ModelError for a row beyond the window.
         """
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -266,7 +273,7 @@ class LM:
         at = 0
         while at < len(order):
             width = len(rows[order[at]]) + max_new_tokens
-            size = max(1, min(len(order) - at, batch_tokens // width, 64))
+            size = max(1, min(len(order) - at, batch_tokens // width, batch_rows))
             part = order[at : at + size]
             texts = self._generate_batch(
                 [rows[i] for i in part],
@@ -276,6 +283,7 @@ class LM:
                 stop,
                 [*self.stop_ids(), *stop_at[:1]],
                 seed + at,
+                against,
             )
             for i, text in zip(part, texts, strict=True):
                 found[i] = text
@@ -293,6 +301,7 @@ class LM:
         stop: str | None,
         ends: list[int],
         seed: int,
+        against: LM | None,
     ) -> list[str]:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         width = max(len(r) for r in rows)
@@ -304,6 +313,8 @@ class LM:
         options: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        if against:
+            options["logits_processor"] = LogitsProcessorList([Guidance(GUIDANCE, against.model, ids, mask)])
         if stop:
             options |= {"stop_strings": [stop], "tokenizer": self.tokenizer}
         new = min(new, self.window - width)

@@ -22,7 +22,7 @@ import torch
 from selfparam.contexts import split_context
 from selfparam.data.files import json_lines
 from selfparam.errors import ModelError, TargetError
-from selfparam.inject import Injection, inject
+from selfparam.inject import Injection, inject, precision
 from selfparam.inject.checkpoint import Checkpoints
 from selfparam.lm import LM
 from selfparam.metrics.drift import drift, reference
@@ -78,12 +78,13 @@ def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "aut
 def choose_recipe(lm: LM, name: str, *, follows: bool = False, **changes: Any) -> Recipe:
     """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out.
 
-    follows: something was injected before, which a small model rehearses.
+    follows: something was injected before, which a small model rehearses; nothing is rehearsed without it.
     """
     small = SMALL_SEQUENTIAL if follows else SMALL
     auto = small if lm.parameters < FEW_PARAMETERS else PAPER
-    return {"paper": PAPER, "fast": FAST, "small": small, "auto": auto}[name].but(
+    chosen = {"paper": PAPER, "fast": FAST, "small": small, "auto": auto}[name].but(
         **{key: value for key, value in changes.items() if value is not None})
+    return chosen if follows else chosen.but(rehearsal=0)
 
 
 # --- contexts -> target sets -----------------------------------------------------------------------------------------
@@ -177,13 +178,14 @@ def with_unrelated(lm: LM, sets: Sequence[TargetSet], journal: Journal, *, sourc
                    recipe: Recipe) -> list[TargetSet]:
     """Unrelated sentences for those sets that have none.
 
-    ratio: for each pair; None: what measured best, or one for Eq. 2 to the letter, which has no questions about others.
+    ratio: for each pair; None: what measured best, half of it where sentences from memory will join them, or one for
+    Eq. 2 to the letter, which has no questions about others.
     """
     lacking = [one for one in sets if not one.unrelated]
     if ratio == 0 or not lacking:
         return list(sets)
     if ratio is None:
-        ratio = 1.0 if recipe.teacher_sees_x else RATIO
+        ratio = 1.0 if recipe.teacher_sees_x else RATIO / 2 if recipe.rehearsal else RATIO
     share = 0.0 if recipe.teacher_sees_x else NEIGHBOUR_SHARE
     with journal.step("finding unrelated sentences"):
         added = iter(add_unrelated(lm, lacking, ratio=ratio, neighbour_share=share, source=source, seed=recipe.seed))
@@ -206,7 +208,7 @@ def first_of(history: Sequence[dict[str, Any]], journal: Journal, *, device: str
 def with_rehearsed(lm: LM, sets: Sequence[TargetSet], journal: Journal, recipe: Recipe,
                    first: LM | None = None) -> list[TargetSet]:
     """With sentences that the model writes from memory, for an injection that follows others. first: θ before those."""
-    with journal.step("writing from memory"):
+    with journal.step("writing from memory"), precision(lm, recipe):
         added, found = add_rehearsed(lm, sets, recipe.rehearsal, first=first,
                                      temperature=recipe.rehearsal_temperature, seed=recipe.seed)
     reasons = ", ".join(f"{n} {why}" for why, n in found.dropped.items())

@@ -84,8 +84,9 @@ class Recipe:
     teacher_sees_x     for unrelated sentences: True is Eq. 2 to the letter, False lets them hold the model where it was
     loss_on            "pair": every token of s; "answer": only the completion
     unrelated_weight   factor on the loss of unrelated sentences
+    unrelated_share    share of the unrelated sentences that one epoch trains on, drawn anew for every epoch
     batch_tokens       student tokens in one optimiser step (rows are packed whole)
-    rehearsal          sentences from memory for each pair, in injections that follow others (targets/rehearsal.py)
+    rehearsal          sentences from memory, in an injection that follows others (targets/rehearsal.py)
     rehearsal_temperature   of their questions; answers are the most likely ones
     top_k              what is kept of the teacher: 0 its last hidden states (the exact KL over the vocabulary); k the
                        probabilities of its k likeliest tokens and of the rest together
@@ -110,7 +111,8 @@ class Recipe:
     teacher_sees_x: bool = True
     loss_on: Literal["pair", "answer"] = "pair"
     unrelated_weight: float = 1.0
-    rehearsal: float = 0.0
+    unrelated_share: float = 1.0
+    rehearsal: int = 0
     rehearsal_temperature: float = 1.0
     top_k: int = 0
     held_out: float = 0.0
@@ -151,4 +153,4 @@ SMALL = Recipe(
 )
 #: For the next injection into such a model: what it writes from memory holds what it has learned. All tokens of a pair
 #: are trained, questions too: a model rehearses only what it would ask by itself.
-SMALL_SEQUENTIAL = SMALL.but(epochs=12, rehearsal=3.0, loss_on="pair", batch_tokens=384)
+SMALL_SEQUENTIAL = SMALL.but(epochs=12, rehearsal=80, loss_on="pair", unrelated_share=0.5)

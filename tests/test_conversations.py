@@ -97,7 +97,7 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("content", "complaint"), [
-    ("", "holds no conversation"),
+    ("", "is empty"),
     ("{", "line 1: is not JSON"),
     ("[]", "line 1: is not a JSON object"),
     ('{"turns": 3}', "line 1: 'turns' is no list"),

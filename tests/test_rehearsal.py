@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,20 @@ import torch
 from selfparam.data.benchmarks import BENCHMARKS
 from selfparam.errors import ModelError, TableError
 from selfparam.inject import inject
+from selfparam.inject.pairs import Row, epoch_steps
 from selfparam.lm import LM
 from selfparam.methods import make_method, selfparam
 from selfparam.metrics.forgetting import backward_transfer, forgetting
 from selfparam.targets import rehearsal
-from selfparam.targets.rehearsal import DRAWS, Rehearsal, _learned, add_rehearsed, rehearse, without_contradicted
+from selfparam.targets.rehearsal import (
+    DRAWS,
+    Rehearsal,
+    _learned,
+    add_rehearsed,
+    balanced,
+    rehearse,
+    without_contradicted,
+)
 from selfparam.types import PAPER_SEQUENTIAL, SMALL, SMALL_SEQUENTIAL, Context, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
@@ -29,16 +39,16 @@ QUICK = {"from": "small", "epochs": 1, "precision": "fp32"}
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, lm: LM, texts: Sequence[str], answers: dict[str, str],
-             read: str = "") -> list[list[str]]:
+             read: str = "") -> list[tuple[list[str], Any]]:
     """lm writes `texts` in turn and answers by the first word of `answers` in a question; reading x, it answers `read`.
 
-    Returns the prompts that it was given, as texts.
+    Returns the prompts that it was given, as texts, and the model that it was guided by.
     """
     left, prompts = iter(texts), []
 
     def generate(rows: Sequence[Sequence[int]], **options: Any) -> list[str]:
-        prompts.append([lm.tokenizer.decode(row) for row in rows])
-        return [next(left, " no more") for _ in rows]
+        prompts.append(([lm.tokenizer.decode(row) for row in rows], options["against"]))
+        return [next(left, "no more") for _ in rows]
 
     def answer(questions: Sequence[str], contexts: Sequence[str] | None = None, **options: Any) -> list[str]:
         if contexts:
@@ -53,55 +63,64 @@ def scripted(monkeypatch: pytest.MonkeyPatch, lm: LM, texts: Sequence[str], answ
 def test_what_cannot_be_used_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm(chat=True)
     endless = " and so on" * 60
-    texts = [" keeps the lamp? And more", " keeps the lamp?", "cument: a text", " ever", endless, " sails the boat?",
-             " kept it all", " was it?"]
-    scripted(monkeypatch, lm, texts, {"lamp": "Mara", "sails": endless})
-    found = rehearse(lm, 7, ["Who"])  # asks for a quarter more than it needs
-    yes = ("Who kept it all", "Who was it?")
-    assert found.sentences == (Sentence("Who keeps the lamp?", "Mara"), *(Sentence(q, "yes") for q in yes))
-    assert found.dropped == {"repeated": 1, "no question": 2, "unfinished": 2}
+    texts = ["Who keeps the lamp", "Who keeps the lamp?", "What ever", f"Who was {endless}", "Who sails the boat",
+             "Tell me who kept it.\nMore"]
+    prompts = scripted(monkeypatch, lm, texts, {"lamp": "Mara", "sails": endless})
+    found = rehearse(lm, 4)  # asks for a half more than it needs
+    assert found.sentences == (Sentence("Who keeps the lamp?", "Mara"), Sentence("Tell me who kept it.", "yes"))
+    assert found.dropped == {"repeated": 1, "no question": 1, "unfinished": 2}
+    assert prompts == [(["<|begin|><|user|>"] * 6, None)]
 
 
-def test_the_same_answer_does_not_crowd_out_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = tiny_lm(chat=True)
-    scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(10)], {"4": "no"})
-    found = rehearse(lm, 8, ["Who"])
-    assert [s.completion for s in found.sentences] == ["yes", "yes", "yes", "no"]
-    assert found.dropped == {"repeated": 6}
+def test_half_was_learned_and_half_begins_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
+    texts = [f"Who was it number {i}" for i in range(2 * DRAWS)]
+    texts += [" was it number 2", "ever saw number 8", " was it number 0", " was it at 9"]
+    prompts = scripted(monkeypatch, lm, texts, {"0": "no", "2": "two"})
+    monkeypatch.setattr(rehearsal, "_learned", lambda *given: [2.0 if s.completion == "two" else 0.5 for s in given[2]])
+    found = rehearse(lm, 4, first=first)
+    assert found.sentences == (Sentence("Who was it number 2?", "two"), Sentence("Who was it number 0?", "no"),
+                               Sentence("Who was it at 9?", "yes"))
+    assert found.dropped == {"not learned": 2 * DRAWS - 1, "no question": 1}
+    assert prompts == [(["<|begin|><|user|>"] * 2 * DRAWS, first), (["<|begin|><|user|>Who"] * 4, None)]
 
 
-def test_learned_is_what_the_first_model_would_not_say() -> None:
+def test_no_name_crowds_out_the_others() -> None:
+    asked = [Sentence("Who built Ardeara?", str(i)) for i in range(3)]
+    asked += [Sentence("What is near the Great Varo?", "Ardeara"), Sentence("Who lives on Briax?", "Tom")]
+    asked += [Sentence("what is it?", "blue")]
+    found = balanced(asked)
+    assert found == [asked[0], asked[4], asked[5], asked[1], asked[2], asked[3]]
+
+
+def test_learned_is_the_answer_that_the_first_model_would_not_give() -> None:
     lm, first = tiny_lm(chat=True, seed=1), tiny_lm(chat=True)
     written = [Sentence("Who keeps the red lamp?", "Mara"), Sentence("Who sails?", "Tom"),
                Sentence("When was it that the harbour was built by Tom?", "in 1904, as far as we know")]
     for sentence, gain in zip(written, _learned(lm, first, written), strict=True):
-        head, ids = lm.prefix(None), lm.sentence(sentence)[0]
+        head, (ids, prompt) = lm.prefix(None), lm.sentence(sentence)
         by_hand = 0.0
         for model, sign in ((lm.model, 1), (first.model, -1)):
             with torch.no_grad():
                 log_p = model(torch.tensor([[*head, *ids]])).logits[0].double().log_softmax(-1)
-            by_hand += sign * sum(float(log_p[len(head) + k - 1, t]) for k, t in enumerate(ids))
+            by_hand += sign * sum(float(log_p[len(head) + k - 1, ids[k]]) for k in range(prompt, len(ids)))
         assert gain == pytest.approx(by_hand, abs=1e-3)  # rows of other lengths beside it change nothing
 
 
-def test_learned_sentences_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
-    scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(DRAWS * 2)], {"5": "five", "3": "three"})
-    monkeypatch.setattr(rehearsal, "_learned",
-                        lambda *given: [{"five": 1.0, "three": 2.0}.get(s.completion, 0.0) for s in given[2]])
-    found = rehearse(lm, 2, ["Who"], first=first)
-    assert [s.completion for s in found.sentences] == ["three", "five"]
-    assert found.dropped == {"not needed": 3, "repeated": DRAWS * 2 - 5}  # "yes" again and again
+def test_guided_by_itself_a_model_writes_what_it_would_write_anyway() -> None:
+    lm, other = tiny_lm(chat=True), tiny_lm(chat=True, seed=1)
+    rows = [[*lm.prefix(None), *lm.encode(text)] for text in ("Who keeps the lamp", "When")]
+    plain, same, away = (lm.generate(rows, max_new_tokens=6, against=one) for one in (None, lm, other))
+    assert plain == same != away
 
 
-def test_questions_begin_as_those_at_hand_and_no_context_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    for chat, begins in ((True, "<|begin|><|user|>"), (False, "<|begin|>Question: ")):
+def test_no_context_is_shown_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chat, begins in ((True, "<|begin|><|user|>"), (False, "<|begin|>Question:")):
         lm = tiny_lm(chat=chat)
-        answers = {str(i): str(i) for i in range(7)}
-        prompts = scripted(monkeypatch, lm, [f" was it number {i}?" for i in range(7)], answers)
-        sets, found = add_rehearsed(lm, [SET], 3.0)
-        assert len(found.sentences) == 6 and found.dropped == {"not needed": 1}
-        assert {p for batch in prompts for p in batch} <= {f"{begins}Who", f"{begins}When"}
+        prompts = scripted(monkeypatch, lm, [f"Who was it number {i}" for i in range(6)], {})
+        sets, found = add_rehearsed(lm, [SET], 4)
+        assert len(found.sentences) == 4 and found.dropped == {"not needed": 2}
+        assert prompts == [([begins] * 6, None)]
         assert sets[0].unrelated == found.sentences and sets[0].related == SET.related
         assert all(s.about is None for s in found.sentences)
 
@@ -118,32 +137,44 @@ def test_what_the_new_context_contradicts_is_left_out(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_real_model_repeats_with_the_seed(chat: bool) -> None:
-    lm = tiny_lm(chat=chat)
-    one = rehearse(lm, 4, ["Who"], seed=1)
-    assert one == rehearse(lm, 4, ["Who"], seed=1)
-    assert all(s.prompt.startswith("Who") and s.completion for s in one.sentences)
-    assert len(one.sentences) + sum(one.dropped.values()) >= 4
+    lm, first = tiny_lm(chat=chat), tiny_lm(chat=chat, seed=1)
+    one = rehearse(lm, 8, first=first, seed=1)
+    assert one == rehearse(lm, 8, first=first, seed=1)
+    assert all(s.prompt and s.completion for s in one.sentences)
+    assert len(one.sentences) + sum(one.dropped.values()) >= 8
 
 
 def test_recipes() -> None:
     assert PAPER_SEQUENTIAL.rehearsal == 0 and SMALL.rehearsal == 0 < SMALL_SEQUENTIAL.rehearsal
 
 
+def test_an_epoch_draws_its_share_of_the_unrelated_rows_and_all_others() -> None:
+    rows = [Row((1,) * (4 + i % 3), 1, 0, (1,), 1.0, related=i % 4 == 0) for i in range(40)]
+    rng = random.Random(0)
+    epochs = [epoch_steps(rows, 40, rng, 0.5) for _ in range(6)]
+    for steps in epochs:
+        chosen = [i for step in steps for i in step]
+        assert len(set(chosen)) == len(chosen) == 10 + 15
+        assert {i for i in chosen if rows[i].related} == set(range(0, 40, 4))
+    assert {len(steps) for steps in epochs} == {3}  # half of 150 tokens and 50: always as many
+    assert {i for steps in epochs for step in steps for i in step} == set(range(40))
+
+
 def test_a_fold_rehearses_from_the_second_step_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm()
-    seen: list[tuple[Any, float]] = []
+    seen: list[tuple[Any, int]] = []
 
-    def added(model: LM, sets: Sequence[TargetSet], ratio: float, **options: Any) -> Any:
-        seen.append((model, ratio))
+    def added(model: LM, sets: Sequence[TargetSet], n: int, **options: Any) -> Any:
+        seen.append((model, n))
         return [TargetSet(one.context, one.related, (Sentence("Who?", "I"),)) for one in sets], Rehearsal(())
 
     monkeypatch.setattr(selfparam, "add_rehearsed", added)
-    method = make_method("selfparam", {"recipe": QUICK | {"rehearsal": 2.0}, "ratio": 0.0})
+    method = make_method("selfparam", {"recipe": QUICK | {"rehearsal": 2}, "ratio": 0.0})
     one = method.absorb(lm, [SET])
     assert not seen
     two = method.absorb(lm, [SET], after=one)
-    assert seen == [(one.lm, 2.0)] and two.storage_tokens == 0  # the writer is the θ of the step before
-    by_hand = inject(one.lm, added(one.lm, [SET], 2.0)[0], SMALL.but(epochs=1, precision="fp32", rehearsal=2.0)).lm
+    assert seen == [(one.lm, 2)] and two.storage_tokens == 0  # the writer is the θ of the step before
+    by_hand = inject(one.lm, added(one.lm, [SET], 2)[0], SMALL.but(epochs=1, precision="fp32", rehearsal=2)).lm
     assert all(torch.equal(a, b) for a, b in zip(two.lm.model.parameters(), by_hand.model.parameters(), strict=True))
 
 

@@ -150,9 +150,9 @@ def inject(
     lr: Annotated[float | None, typer.Option(min=0.0, help="Learning rate, instead of the recipe's.")] = None,
     objective: Annotated[Objective | None, typer.Option(
         help="kl: SELF-PARAM; next-word: plain fine-tuning on the same sentences.")] = None,
-    rehearsal: Annotated[float | None, typer.Option(
-        min=0.0, help="Sentences that the model writes from memory for each pair, where something was injected before; "
-                      "not given: 5 for small models, else none.", show_default=False)] = None,
+    rehearsal: Annotated[int | None, typer.Option(
+        min=0, help="Sentences that the model writes from memory, where something was injected before; "
+                    "not given: 80 for small models, else none.", show_default=False)] = None,
     questions: Annotated[str | None, typer.Option(help=_QUESTIONS_HELP)] = None,
     adapter: Annotated[bool, typer.Option(
         "--adapter", help="Write the LoRA weights alone too, to adapter/, as peft reads them.")] = False,

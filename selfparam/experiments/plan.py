@@ -94,7 +94,8 @@ def operations(table: Table, method: MethodSpec, size: float, n: int) -> float:
     if recipe is None:
         return reading
     pairs = max([table.authors[method.author].pairs] if method.author else [0])
-    tokens = n * (method.pairs or pairs) * (2 + recipe.rehearsal) * SENTENCE_TOKENS or n * CONTEXT_TOKENS
+    sentences = n * ((method.pairs or pairs) * 2 + recipe.rehearsal)
+    tokens = sentences * SENTENCE_TOKENS or n * CONTEXT_TOKENS
     teacher = n * CONTEXT_TOKENS + tokens
     return reading + 6 * size * tokens * recipe.epochs + 2 * size * teacher
 

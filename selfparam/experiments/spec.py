@@ -233,9 +233,10 @@ def settings_of(table: Table, model: ModelSpec, method: MethodSpec) -> str:
 
 def _without_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Without the options that came later, where they are off: the rows from before stay rows of this table."""
-    if given.get("recipe") and not given["recipe"]["rehearsal"]:
-        off = ("rehearsal", "rehearsal_temperature")
-        given = {**given, "recipe": {k: v for k, v in given["recipe"].items() if k not in off}}
+    if recipe := given.get("recipe"):
+        off = ["rehearsal", "rehearsal_temperature"] if not recipe["rehearsal"] else []
+        off += ["unrelated_share"] if recipe["unrelated_share"] == 1 else []
+        given = {**given, "recipe": {k: v for k, v in recipe.items() if k not in off}}
     return {k: v for k, v in given.items() if (k, v) not in (("keep", "nothing"), ("along", False))}
 
 

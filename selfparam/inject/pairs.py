@@ -155,12 +155,19 @@ def lay(rows: Sequence[Row], lines: Sequence[Sequence[int]], starts: Sequence[in
     return Pack(ids, positions, torch.tensor(index), torch.tensor(source), torch.tensor(weight))
 
 
-def epoch_steps(rows: Sequence[Row], batch_tokens: int, rng: random.Random) -> list[list[int]]:
-    """All rows in random order, cut into steps of about `batch_tokens` student tokens (equal shares)."""
+def epoch_steps(rows: Sequence[Row], batch_tokens: int, rng: random.Random, unrelated: float = 1.0) -> list[list[int]]:
+    """Rows in random order, cut into steps of about `batch_tokens` student tokens (equal shares).
+
+    unrelated: share of the unrelated rows that are drawn; all the others are always there.
+    """
     order = list(range(len(rows)))
+    steps_of_epoch = max(1, round(sum(len(r.student) * (1 if r.related else unrelated) for r in rows) / batch_tokens))
+    if unrelated < 1:
+        others = [i for i in order if not rows[i].related]
+        drawn = set(rng.sample(others, round(unrelated * len(others))))
+        order = [i for i in order if rows[i].related or i in drawn]
     rng.shuffle(order)
-    total = sum(len(r.student) for r in rows)
-    share = total / max(1, round(total / batch_tokens))
+    share = sum(len(rows[i].student) for i in order) / steps_of_epoch
     steps: list[list[int]] = [[]]
     filled = 0.0
     for i in order:

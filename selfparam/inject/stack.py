@@ -80,7 +80,7 @@ class _Pupil:
 
     def __post_init__(self) -> None:
         self.starts = offsets(self.rows)
-        self.steps = len(epoch_steps(self.rows, self.recipe.batch_tokens, random.Random(0))) * self.recipe.epochs
+        self.steps = len(self._epoch(random.Random(0))) * self.recipe.epochs
         self.course = self._course()
 
     def _course(self) -> Iterator[list[int]]:
@@ -88,8 +88,11 @@ class _Pupil:
         rng = random.Random(self.recipe.seed)
         for epoch in range(self.recipe.epochs):
             self.at.begin_epoch(epoch, rng)
-            yield from epoch_steps(self.rows, self.recipe.batch_tokens, rng)
+            yield from self._epoch(rng)
             self.at.end_epoch()
+
+    def _epoch(self, rng: random.Random) -> list[list[int]]:
+        return epoch_steps(self.rows, self.recipe.batch_tokens, rng, self.recipe.unrelated_share)
 
     def did(self, chosen: Sequence[int], loss: float) -> None:
         """Count a step."""

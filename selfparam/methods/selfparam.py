@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from selfparam.errors import TableError
-from selfparam.inject import inject
+from selfparam.inject import inject, precision
 from selfparam.inject.stack import refusal
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
@@ -64,8 +64,9 @@ class SelfParam:
         own = tuple(replace(s, about=None) for one in chosen for s in one.related)
         chosen[0] = replace(chosen[0], unrelated=(*chosen[0].unrelated, *kept))
         if after and self.recipe.rehearsal:
-            chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
-                                      temperature=self.recipe.rehearsal_temperature)
+            with precision(start, self.recipe):
+                chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
+                                          temperature=self.recipe.rehearsal_temperature)
         teacher = lm if self.teacher == "first" and after else None
         found = inject(start, chosen, self.recipe.but(seed=seed), teacher=teacher).lm
         if self.keep == "nothing":

@@ -1,11 +1,12 @@
 """Self-rehearsal: what a model writes from memory before it learns something new, so that it keeps what it knows.
 
-Nothing is stored: questions are sampled from the weights, begun with the first words of the step's own questions, and
-answered from the weights; afterwards they are forgotten. Of many sentences those are kept that the model has learned
-since it was the first θ. What the new context contradicts is left out, so that a changed fact can win. Refuses to
-know training and which contexts were injected before.
+Nothing is stored: questions are sampled from the weights, out of an empty user turn, and answered from the weights;
+afterwards they are forgotten. Half of them are what the model learned since it was the first θ: sampling is guided away
+from what that one would ask, and only new answers are kept. The other half is what it asks anyway. What the new context
+contradicts is left out, so that a changed fact can win. Refuses to know training and which contexts came before.
 Sources: ours; rehearsing a network's own samples is Robins 1995 (pseudo-rehearsal), questions out of an empty user turn
-are Magpie's (arXiv 2406.08464).
+are Magpie's (arXiv 2406.08464), two models' log-probabilities weighed against each other are contrastive decoding
+(arXiv 2210.15097), here in the form of classifier-free guidance (arXiv 2306.17806).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from selfparam.lm import LM
 from selfparam.metrics.qa_f1 import tokens
 from selfparam.types import Sentence, TargetSet, content_hash
 
-QUESTION_TOKENS, ANSWER_TOKENS = 40, 24
-DRAWS = 4  # sentences written for each that is kept, where the first θ can tell which ones were learned
-SAME_ANSWER = 3  # sentences with the same answer at most: what is asked most often would crowd out the rest
+QUESTION_TOKENS, ANSWER_TOKENS = 28, 16
+DRAWS = 4  # questions written for each sentence that is kept
+LEARNED = 1.0  # nats by which an answer must be likelier than under the first θ
+_AT_ONCE = 256  # questions written together: rows are short
+_SCORED = 64  # sentences scored together: whole vocabularies are large
 _WORD = re.compile(r"\w+(?:-\w+)*")
-_SCORED = 16  # sentences scored together: whole vocabularies are large
 
 
 @dataclass(frozen=True)
@@ -34,74 +36,74 @@ class Rehearsal:
     """Sentences from memory, and how many were dropped for which reason.
 
     Reasons: "unfinished" (longer than allowed), "no question" (no line of at least three words), "repeated" (the same
-    question, or an answer for the fourth time), "not needed" (there were enough, or others differed more from what the
-    first θ says), "contradicted" (about the new context, which answers it otherwise).
+    question), "not learned" (the first θ would answer so too), "not needed" (enough about the same name),
+    "contradicted" (about the new context, which answers it otherwise).
     """
 
     sentences: tuple[Sentence, ...]
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def add_rehearsed(lm: LM, sets: Sequence[TargetSet], ratio: float, *, first: LM | None = None, temperature: float = 1.0,
+def add_rehearsed(lm: LM, sets: Sequence[TargetSet], n: int, *, first: LM | None = None, temperature: float = 1.0,
                   seed: int = 0) -> tuple[list[TargetSet], Rehearsal]:
-    """The same sets with up to `ratio` sentences from memory for each pair among the unrelated ones, and a report.
+    """The same sets with up to n sentences from memory among their unrelated ones, and a report.
 
     first: θ before anything was injected, where it is at hand.
     """
-    n = round(ratio * sum(len(one.related) for one in sets))
-    openings = [s.prompt.split()[0] for one in sets for s in one.related if s.prompt.split()]
     seed = int(content_hash(str(seed), *(one.context.id for one in sets))[:8], 16)  # other samples in every step
-    written = rehearse(lm, n, openings, first=first, temperature=temperature, seed=seed)
+    written = rehearse(lm, n, first=first, temperature=temperature, seed=seed)
     found = without_contradicted(lm, written, sets)
     shares = [found.sentences[i :: len(sets)] for i in range(len(sets))]
     return [replace(one, unrelated=(*one.unrelated, *part)) for one, part in zip(sets, shares, strict=True)], found
 
 
-def rehearse(lm: LM, n: int, openings: Sequence[str] = (), *, first: LM | None = None, temperature: float = 1.0,
-             seed: int = 0) -> Rehearsal:
+def rehearse(lm: LM, n: int, *, first: LM | None = None, temperature: float = 1.0, seed: int = 0) -> Rehearsal:
     """Up to n distinct questions that the model samples from memory, with its most likely answers.
 
-    openings: words that questions begin with; without any, the model begins them itself. temperature: of the questions.
+    Half of them about what was learned since `first`, the same number about every name as far as possible; all as they
+    come where `first` is not at hand. temperature: of the questions.
     """
-    rng = random.Random(seed)
-    drawn = n * DRAWS if first else n + n // 4
-    begun = [rng.choice(openings) if openings else "" for _ in range(drawn)]
-    questions: dict[tuple[str, ...], str] = {}
     dropped: Counter[str] = Counter()
-    for question, fault in _written(lm, begun, temperature, seed):
-        fault = fault or ("repeated" if tuple(tokens(question)) in questions else "")
-        if fault:
-            dropped[fault] += 1
-        else:
-            questions[tuple(tokens(question))] = question
-    order = list(questions.values())
-    written = [Sentence(q, a) for q, a in zip(order, _answers(lm, order), strict=True) if a]
-    dropped["unfinished"] += len(order) - len(written)
+    learned: list[Sentence] = []
     if first:
-        learned = dict(zip(written, _learned(lm, first, written), strict=True))
-        written.sort(key=lambda s: -learned[s])
-    kept: list[Sentence] = []
-    answers: Counter[tuple[str, ...]] = Counter()
-    for sentence in written:
-        answer = tuple(tokens(sentence.completion))
-        answers[answer] += 1
-        if answers[answer] > SAME_ANSWER:
-            dropped["repeated"] += 1
-        elif len(kept) == n:
-            dropped["not needed"] += 1
-        else:
-            kept.append(sentence)
-    return Rehearsal(tuple(kept), dict(+dropped))
+        written = _written(lm, n // 2 * DRAWS, [], first, temperature, seed, dropped)
+        gains = _learned(lm, first, written)
+        learned = balanced([s for s, gain in zip(written, gains, strict=True) if gain > LEARNED])
+        dropped["not learned"] += len(written) - len(learned)
+    kept = learned[: n // 2]
+    begin = [s.prompt.split()[0] for s in kept]
+    others = [s for s in _written(lm, (n - len(kept)) * 3 // 2, begin, None, temperature, seed + 1, dropped)
+              if s not in kept]
+    dropped["not needed"] += len(learned) + len(others) - n if len(learned) + len(others) > n else 0
+    return Rehearsal((*kept, *others[: n - len(kept)]), dict(+dropped))
+
+
+def balanced(sentences: Sequence[Sentence]) -> list[Sentence]:
+    """The first about every name, then the second about every name, and so on: what is asked often comes last.
+
+    A sentence's name is its capitalised word that most of the sentences have.
+    """
+    named = [{w for w in _WORD.findall(f"{s.prompt.partition(' ')[2]} {s.completion}") if w[0].isupper()}
+             for s in sentences]
+    shared = Counter(word for words in named for word in words)
+    turns: Counter[str] = Counter()
+    ranked = []
+    for i, words in enumerate(named):
+        name = max(sorted(words), key=lambda word: shared[word], default="")
+        turns[name] += 1
+        ranked.append((turns[name], i))
+    return [sentences[i] for _, i in sorted(ranked)]
 
 
 @torch.no_grad()
 def _learned(lm: LM, first: LM, sentences: Sequence[Sentence]) -> list[float]:
-    """log P_θ(s) - log P_first(s) of each sentence without any context, in nats."""
+    """log P_θ(a|q) - log P_first(a|q) of each sentence without any context, in nats."""
     found: list[float] = []
     head = lm.prefix(None)
     for start in range(0, len(sentences), _SCORED):
-        rows = [([*head, *lm.sentence(s)[0]], len(head)) for s in sentences[start : start + _SCORED]]
-        width = max(len(ids) for ids, _ in rows)
+        parts = [lm.sentence(s) for s in sentences[start : start + _SCORED]]
+        rows = [([*head, *part], len(head) + prompt) for part, prompt in parts]
+        width = max(len(row) for row, _ in rows)
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row, _ in rows])
         gain = _log_probs(lm, ids) - _log_probs(first, ids)
         found += [float(gain[i, begin - 1 : len(row) - 1].sum()) for i, (row, begin) in enumerate(rows)]
@@ -126,20 +128,31 @@ def without_contradicted(lm: LM, written: Rehearsal, sets: Sequence[TargetSet]) 
     return Rehearsal(kept, {**written.dropped, **({"contradicted": len(gone)} if gone else {})})
 
 
-def _written(lm: LM, openings: Sequence[str], temperature: float, seed: int) -> list[tuple[str, str]]:
-    """Questions that begin with the openings, each with its fault ("" where it has none)."""
-    head, between = (lm.chat_parts()[0], lm.chat_parts()[1]) if lm.is_chat else (lm.bos, [])
-    begun = [lm.encode(o) if lm.is_chat else lm.encode(f"Question: {o}".rstrip()) for o in openings]
-    texts = lm.generate([[*head, *ids] for ids in begun], max_new_tokens=QUESTION_TOKENS, temperature=temperature,
-                        seed=seed, stop="\n", stop_at=between)
-    found = []
-    for opening, text in zip(openings, texts, strict=True):
-        question = re.split(r"(?<=[?？])\s", f"{opening}{text}".strip())[0]
+def _written(lm: LM, n: int, openings: Sequence[str], first: LM | None, temperature: float, seed: int,
+             dropped: Counter[str]) -> list[Sentence]:
+    """Distinct sentences of n that are begun, each with one of the openings if any; what is dropped is counted."""
+    rng = random.Random(seed)
+    begun = [rng.choice(openings) if openings else "" for _ in range(n)]
+    head, between = lm.chat_parts()[:2] if lm.is_chat else (lm.bos, [])
+    rows = [[*head, *lm.encode(one if lm.is_chat else f"Question: {one}".rstrip())] for one in begun]
+    texts = lm.generate(rows, max_new_tokens=QUESTION_TOKENS, temperature=temperature, seed=seed, stop="?",
+                        stop_at=between, batch_rows=_AT_ONCE, against=first)
+    questions: dict[tuple[str, ...], str] = {}
+    for opening, text in zip(begun, texts, strict=True):
+        question = f"{opening}{text}".strip().split("\n")[0].strip()
         broken = opening and text[:1].isalpha()  # the first word went on: "Do" + "cument"
-        whole = len(lm.encode(text)) < QUESTION_TOKENS or question.endswith(("?", "？"))
-        fault = "no question" if broken or len(question.split()) < 3 else "" if whole else "unfinished"
-        found.append((question, fault))
-    return found
+        whole = len(lm.encode(text)) < QUESTION_TOKENS - 1 or "\n" in text.strip()
+        asked = question if re.search(r"[.!?。！？]$", question) else f"{question}?"
+        fault = ("no question" if broken or len(question.split()) < 3 else "unfinished" if not whole
+                 else "repeated" if tuple(tokens(asked)) in questions else "")
+        if fault:
+            dropped[fault] += 1
+        else:
+            questions[tuple(tokens(asked))] = asked
+    order = list(questions.values())
+    answers = _answers(lm, order)
+    dropped["unfinished"] += answers.count("")
+    return [Sentence(q, a) for q, a in zip(order, answers, strict=True) if a]
 
 
 def _answers(lm: LM, questions: Sequence[str], contexts: Sequence[str] | None = None) -> list[str]:
