@@ -185,7 +185,7 @@ def test_demo(run: Run) -> None:
     assert said["pairs"]["kept"] > said["pairs"]["same_as_a_question"]
     assert said["f1"]["with_context"] > 0.5
     assert said["f1"]["after"] > said["f1"]["before"] + 0.1
-    assert 0 < said["drift"] < 0.15  # 0.089 and 0.104 were measured; the aim is 0.1
+    assert 0 < said["drift"] < 0.15  # 0.088 was measured (two threads); the aim is 0.1
 
 
 def test_help_needs_no_torch() -> None:
