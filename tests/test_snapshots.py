@@ -1,6 +1,6 @@
 """The store without models: what is committed stays, what is altered is found, whatever the order of things.
 
-SELFPARAM_EXAMPLES=10000 for the full number of generated inputs of each property; the default is a sample.
+SELFPARAM_EXAMPLES=2500 for the full number of generated inputs of each property; the default is a sample.
 """
 
 from __future__ import annotations
