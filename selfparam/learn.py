@@ -112,10 +112,11 @@ def kept_probes(store: Store, parent: Snapshot) -> tuple[Question, ...]:
 # --- one injection --------------------------------------------------------------------------------------------------
 
 
-def into_store(store: Store, job: Job, lm: LM, journal: Journal, checkpoints: Checkpoints) -> Snapshot:
+def into_store(store: Store, job: Job, lm: LM, journal: Journal, checkpoints: Checkpoints, first: LM | None = None
+               ) -> Snapshot:
     """Train, measure, commit: the snapshot, which is the head now unless the guard refused it.
 
-    lm becomes θ'. A job that was committed before a crash is not done again.
+    lm becomes θ'. first: as steps.run has it. A job that was committed before a crash is not done again.
     """
     if done := _committed(store, job):
         return done
@@ -127,7 +128,8 @@ def into_store(store: Store, job: Job, lm: LM, journal: Journal, checkpoints: Ch
         raise OutputError(f"a snapshot needs {needed / 1e6:.0f} MB where {free / 1e6:.0f} MB are free: make room")
     parent = store.snapshot(job.parent)
     exams = _exams(job)
-    injection, moved = steps.run(lm, job.sets, job.recipe, exams, journal, job.recipe.train == "lora", checkpoints)
+    injection, moved = steps.run(lm, job.sets, job.recipe, exams, journal, job.recipe.train == "lora", checkpoints,
+                                 first)
     asked = _asked(exams)
     measured = _measured(store, parent, job, injection, moved, exams, asked)
     wrong = faults(measured, store.limits)

@@ -306,8 +306,12 @@ def without_questions(sets: Sequence[TargetSet], questions: Sequence[Question],
 
 
 def run(lm: LM, sets: Sequence[TargetSet], recipe: Recipe, exams: Sequence[Exam], journal: Journal,
-        adapter: bool = False, checkpoints: Checkpoints | None = None) -> tuple[Injection, float]:
-    """Ask, inject in place (lm becomes θ'), ask again; answers go into the exams. Returns the injection and drift."""
+        adapter: bool = False, checkpoints: Checkpoints | None = None, first: LM | None = None
+        ) -> tuple[Injection, float]:
+    """Ask, inject in place (lm becomes θ'), ask again; answers go into the exams. Returns the injection and drift.
+
+    first: θ before all injections, where it teaches all but what is rehearsed.
+    """
     for exam in exams:
         exam.before = _ask(lm, exam, "asking without the documents", journal)
         exam.with_context = _ask_with_context(lm, exam, journal)
@@ -324,7 +328,7 @@ def run(lm: LM, sets: Sequence[TargetSet], recipe: Recipe, exams: Sequence[Exam]
             bar(epoch, epochs)
             bar.says(f"training (loss {loss:.3f})")
 
-        done = inject(lm, sets, recipe, progress=on_epoch, teacher_progress=on_teacher, in_place=True,
+        done = inject(lm, sets, recipe, teacher=first, progress=on_epoch, teacher_progress=on_teacher, in_place=True,
                       keep_adapter=adapter, checkpoints=checkpoints)
     with journal.step("measuring drift"):
         moved = drift(before, done.lm)

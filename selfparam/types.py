@@ -51,12 +51,14 @@ class Sentence:
     """s: one target sentence.
 
     With a `prompt`, a question and its answer; with an empty `prompt`, plain text (`completion`).
-    `about` is the id of its Context; None means unrelated.
+    `about` is the id of its Context; None means unrelated. rehearsed: written from memory, about what was learned
+    before: the model that learns is its teacher, whoever teaches the others.
     """
 
     prompt: str
     completion: str
     about: str | None = None
+    rehearsed: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Nothing is ever lost: SIGKILL, Ctrl-C, a full disk, a read-only folder and two writers at once.
 
 After each the store is sound, its head is the old or the new snapshot, and what was interrupted can be finished with
-the very bits of an undisturbed run. SELFPARAM_CRASHES=150 for the full number of kills (of inject; a third of it of each
-other command); the default is a sample. Moments are drawn anew each time; SELFPARAM_SEED repeats a run.
+the very bits of an undisturbed run. SELFPARAM_CRASHES=150 for the full number of kills (of inject; a third of it of
+each other command); the default is a sample. Moments are drawn anew each time; SELFPARAM_SEED repeats a run.
 """
 
 from __future__ import annotations

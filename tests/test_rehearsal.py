@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from selfparam.data.benchmarks import BENCHMARKS
-from selfparam.errors import ModelError, TableError
+from selfparam.errors import InjectionError, ModelError
 from selfparam.inject import inject
-from selfparam.inject.pairs import Row, epoch_steps
+from selfparam.inject.memory import Kept
+from selfparam.inject.pairs import Row, build_rows, epoch_steps
+from selfparam.inject.teacher import teacher_states, teacher_targets
 from selfparam.lm import LM
 from selfparam.methods import make_method, selfparam
 from selfparam.metrics.forgetting import backward_transfer, forgetting
@@ -74,15 +77,16 @@ def test_what_cannot_be_used_is_dropped_and_counted(monkeypatch: pytest.MonkeyPa
 
 def test_half_was_learned_and_half_begins_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
-    texts = [f"Who was it number {i}" for i in range(2 * DRAWS)]
-    texts += [" was it number 2", "ever saw number 8", " was it number 0", " was it at 9"]
-    prompts = scripted(monkeypatch, lm, texts, {"0": "no", "2": "two"})
+    prompts = scripted(monkeypatch, lm, [f"Who was it number {i}" for i in range(2 * DRAWS)], {"0": "no", "2": "two"})
+    others = scripted(monkeypatch, first, [" was it number 2", "ever saw number 8", " was it number 0", " was it at 9"],
+                      {"0": "never", "2": "none"})
     monkeypatch.setattr(rehearsal, "_learned", lambda *given: [2.0 if s.completion == "two" else 0.5 for s in given[2]])
     found = rehearse(lm, 4, first=first)
-    assert found.sentences == (Sentence("Who was it number 2?", "two"), Sentence("Who was it number 0?", "no"),
-                               Sentence("Who was it at 9?", "yes"))
+    assert found.sentences == (Sentence("Who was it number 2?", "two", rehearsed=True),
+                               Sentence("Who was it number 0?", "never"), Sentence("Who was it at 9?", "yes"))
     assert found.dropped == {"not learned": 2 * DRAWS - 1, "no question": 1}
-    assert prompts == [(["<|begin|><|user|>"] * 2 * DRAWS, first), (["<|begin|><|user|>Who"] * 4, None)]
+    assert prompts == [(["<|begin|><|user|>"] * 2 * DRAWS, first)]
+    assert others == [(["<|begin|><|user|>Who"] * 4, None)]  # the first θ writes what it also teaches
 
 
 def test_no_name_crowds_out_the_others() -> None:
@@ -178,9 +182,25 @@ def test_a_fold_rehearses_from_the_second_step_and_keeps_nothing(monkeypatch: py
     assert all(torch.equal(a, b) for a, b in zip(two.lm.model.parameters(), by_hand.model.parameters(), strict=True))
 
 
-def test_the_first_teacher_cannot_score_what_it_never_learned() -> None:
-    with pytest.raises(TableError, match="does not know what is rehearsed"):
-        make_method("selfparam", {"recipe": "small-sequential", "teacher": "first"})
+def test_what_is_rehearsed_is_taught_by_the_model_itself() -> None:
+    lm, first = tiny_lm(), tiny_lm()
+    with torch.no_grad():
+        first.model.model.layers[0].mlp.up_proj.weight.mul_(-1)
+    plain = Sentence("Who keeps the red lamp?", "Mara")
+    own = replace(plain, rehearsed=True)
+    rows, prefixes = build_rows(lm, [replace(SET, unrelated=(plain, own))], SMALL)
+    with Kept(lm.device) as kept:
+        mixed = teacher_targets(first, rows, prefixes, kept, own=lm)["states"]
+    of_first, of_lm, n = teacher_states(first, rows, prefixes), teacher_states(lm, rows, prefixes), rows[-1].scored
+    assert torch.equal(mixed[:-n], of_first[:-n]) and torch.equal(mixed[-n:], of_lm[-n:])
+    assert not torch.allclose(of_first[-n:], of_lm[-n:])
+
+    still = SMALL.but(epochs=1, lr=1e-9, precision="fp32")
+    held, moved = (inject(lm, [TargetSet(SET.context, (), (one,))], still, teacher=first).trained.losses[0]
+                   for one in (own, plain))
+    assert held < 1e-6 < 1e-3 < moved
+    with pytest.raises(InjectionError, match="output head"):
+        inject(lm, [TargetSet(SET.context, (), (own,))], still, teacher=tiny_lm(seed=1))
 
 
 def test_kept_pairs_are_trained_again_and_counted() -> None:

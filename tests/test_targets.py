@@ -521,7 +521,8 @@ def test_endpoint_id_and_rounds(serve: Callable[..., Endpoint]) -> None:
 
 SETS = [
     TargetSet(HARBOUR, (Sentence("Who \u2028 built it?", "Philla “Ü” Grunstone", HARBOUR.id),),
-              (Sentence("", "The sea\nis wide."), Sentence("What is salt?", "A mineral")), "scripted 1"),
+              (Sentence("", "The sea\nis wide."), Sentence("What is salt?", "A mineral", rehearsed=True)),
+              "scripted 1"),
     TargetSet(Context(CLOCK.text, source="clock.txt", id="own"), (Sentence("What strikes?", "The clock", "own"),)),
 ]
 

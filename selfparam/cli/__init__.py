@@ -215,11 +215,11 @@ def inject(
 
         if resume:
             job = injecting.read_job(place)
-            lm = injecting.load(job, store, journal)
+            lm, first = injecting.load(job, store, history, journal)
         else:
             injecting.drop_job(place)
             contexts = _read(files, field, journal)
-            job, lm = injecting.prepare(
+            job, lm, first = injecting.prepare(
                 injecting.Wishes(
                     model=model, targets=targets, pairs=pairs, author=author, endpoint=endpoint,
                     endpoint_model=author_model, prompt=prompt, unrelated=unrelated, ratio=ratio, recipe=recipe,
@@ -229,7 +229,7 @@ def inject(
                     force=force, history=history,
                 ), contexts, store, out, journal)
             injecting.save_job(place, job)
-        injecting.finish(job, lm, store, out, place, journal, machine, command=f"{command} --resume",
+        injecting.finish(job, lm, first, store, out, place, journal, machine, command=f"{command} --resume",
                          every=checkpoint_every, history=history)
 
 

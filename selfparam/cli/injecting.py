@@ -59,8 +59,9 @@ class Wishes:
 
 
 def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out: str | None, journal: Journal
-            ) -> tuple[Job, LM]:
-    """Everything up to the training. Writes nothing."""
+            ) -> tuple[Job, LM, LM | None]:
+    """Everything up to the training: what is to be done, the model, and θ before all injections where rehearsal needs
+    it. Writes nothing."""
     seed = wish.changes["seed"]
     sets = steps.own_sets(wish.targets, contexts) if wish.targets else []
     known = list(contexts) or [one.context for one in sets]
@@ -85,10 +86,10 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,
     )
     sets, _ = steps.without_questions(sets, [*asked, *probes], journal)
-    sets = steps.with_unrelated(lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)
-    if follows and recipe.rehearsal:
-        first = (learn.load_snapshot(store, store.lineage(parent.id)[0], journal, wish.device) if store and parent
-                 else steps.first_of(wish.history, journal, device=wish.device))
+    rehearses = follows and recipe.rehearsal > 0
+    first = _first(store, parent, wish.history, journal, wish.device) if rehearses else None
+    sets = steps.with_unrelated(first or lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)
+    if rehearses:
         sets = steps.with_rehearsed(lm, sets, journal, recipe, first)
     job = Job(
         id=secrets.token_hex(16), model=wish.model, sets=tuple(sets), recipe=recipe, parent=parent.id if parent else "",
@@ -97,26 +98,37 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         surprise=surprise, adapter=wish.adapter, force=wish.force, dtype=wish.dtype, device=wish.device,
         offline=wish.offline,
     )
-    return job, lm
+    return job, lm, first
 
 
-def load(job: Job, store: Store | None, journal: Journal) -> LM:
-    """The model that an interrupted job started from."""
-    if store:
-        return learn.load_snapshot(store, store.snapshot(job.parent), journal, job.device)
-    return steps.load(job.model, journal, dtype=job.dtype, device=job.device, offline=job.offline)
+def _first(store: Store | None, parent: Snapshot | None, history: list[dict[str, Any]], journal: Journal, device: str
+           ) -> LM | None:
+    """θ before all injections, where it is at hand."""
+    if store and parent:
+        return learn.load_snapshot(store, store.lineage(parent.id)[0], journal, device)
+    return steps.first_of(history, journal, device=device)
 
 
-def finish(job: Job, lm: LM, store: Store | None, out: str | None, place: Path, journal: Journal, machine: bool, *,
-           command: str, every: float, history: list[dict[str, Any]]) -> None:
+def load(job: Job, store: Store | None, history: list[dict[str, Any]], journal: Journal) -> tuple[LM, LM | None]:
+    """The model that an interrupted job started from, and θ before all injections where `prepare` had it."""
+    parent = store.snapshot(job.parent) if store else None
+    rehearses = any(s.rehearsed for one in job.sets for s in one.unrelated)
+    first = _first(store, parent, history, journal, job.device) if rehearses else None
+    if store and parent:
+        return learn.load_snapshot(store, parent, journal, job.device), first
+    return steps.load(job.model, journal, dtype=job.dtype, device=job.device, offline=job.offline), first
+
+
+def finish(job: Job, lm: LM, first: LM | None, store: Store | None, out: str | None, place: Path, journal: Journal,
+           machine: bool, *, command: str, every: float, history: list[dict[str, Any]]) -> None:
     """Train and write. The job stays on disk where it can be continued; any other end removes it."""
     checkpoints = Checkpoints(place, every=every, advice=command, note=journal.note)
     try:
         with learn.stoppable(checkpoints):
             if store:
-                snapshot = learn.into_store(store, job, lm, journal, checkpoints)
+                snapshot = learn.into_store(store, job, lm, journal, checkpoints, first)
             else:
-                said = _into_directory(job, lm, str(out), journal, checkpoints, history)
+                said = _into_directory(job, lm, first, str(out), journal, checkpoints, history)
     except StoppedError:
         raise
     except (OutputError, OSError) as error:
@@ -139,12 +151,12 @@ def finish(job: Job, lm: LM, store: Store | None, out: str | None, place: Path, 
                       f'ask it:  selfparam ask {plain(str(out))} "…"', sep="\n", soft_wrap=True)
 
 
-def _into_directory(job: Job, lm: LM, out: str, journal: Journal, checkpoints: Checkpoints,
+def _into_directory(job: Job, lm: LM, first: LM | None, out: str, journal: Journal, checkpoints: Checkpoints,
                     history: list[dict[str, Any]]) -> dict[str, Any]:
     base, exams = steps.base_of(lm), [steps.training_exam(job.sets)]
     if job.held_out:
         exams.append(steps.exam_of(f"held-out: {job.held_out[0]}", job.held_out[1], job.sets))
-    done, drift = steps.run(lm, job.sets, job.recipe, exams, journal, job.adapter, checkpoints)
+    done, drift = steps.run(lm, job.sets, job.recipe, exams, journal, job.adapter, checkpoints, first)
     record = steps.record_of(base, job.sets, job.recipe, done, drift, exams, history)
     probe = [s for one in job.sets for s in (*one.related, *one.unrelated)][:_PROBES]
     with journal.step("writing the model") as bar:

@@ -72,10 +72,12 @@ def inject(
     """Write the contexts of the target sets into the weights.
 
     lm stays as it is unless in_place (saves one copy of the weights). teacher: another θ to read x than lm itself (in a
-    sequence of injections, the first one). checkpoints: where to save and continue. cache_bytes: the teacher's targets
-    may take so much memory (the device's, where there is one); more goes to a file under TMPDIR. accelerator: share the
-    work among its processes, which all call this with the same arguments and get the same θ'.
-    Raises InjectionError (nothing to train on, a row beyond the window, a loss that is not finite, memory too short),
+    sequence of injections, the first one, with the same output head); what is rehearsed is always lm's own.
+    checkpoints: where to save and continue. cache_bytes: the teacher's targets may take so much memory (the device's,
+    where there is one); more goes to a file under TMPDIR. accelerator: share the work among its processes, which all
+    call this with the same arguments and get the same θ'.
+    Raises InjectionError (nothing to train on, a row beyond the window, a loss that is not finite, memory too short,
+    another teacher with another output head while something is rehearsed),
     StoppedError (`checkpoints` was told to stop), OutputError (that file cannot be written) and VerificationError
     (merged weights disagree with the trained ones).
     """
@@ -83,6 +85,9 @@ def inject(
         raise InjectionError("checkpoints are for one process: leave them out with several")
     check_head(lm)
     rows, prefixes = build_rows(lm, target_sets, recipe)
+    if teacher and any(r.rehearsed for r in rows) and not torch.equal(head_of(teacher).weight, head_of(lm).weight):
+        raise InjectionError("the teacher has another output head than the model that rehearses: train LoRA or MLP "
+                             "matrices, or do without rehearsal")
     student = lm if in_place else replace(lm, model=copy.deepcopy(lm.model))
     cuda = [student.device] if student.device.type == "cuda" else []
     kept = Kept(student.device, cache_bytes)
@@ -96,7 +101,7 @@ def inject(
 
             def read() -> Tensors:
                 return teacher_targets(
-                    teacher or student, rows, prefixes, kept, recipe.top_k, teacher_progress, accelerator)
+                    teacher or student, rows, prefixes, kept, recipe.top_k, teacher_progress, accelerator, student)
 
             tensors = kept.placed(checkpoints.teacher(read) if checkpoints else read())
             targets = as_target(tensors, head_of(teacher or student), copy=recipe.train == "full")

@@ -21,7 +21,8 @@ from selfparam.types import Recipe, Sentence, TargetSet
 class Row:
     """One target sentence as ids. `prefix` indexes the teacher prefixes; the student's prefix has no x.
 
-    student: ids of prefix without x, then s. first: index in `student` of the first scored token.
+    student: ids of prefix without x, then s. first: index in `student` of the first scored token. rehearsed: as of its
+    Sentence; rows with another teacher have another prefix.
     """
 
     student: tuple[int, ...]
@@ -30,6 +31,7 @@ class Row:
     s: tuple[int, ...]
     weight: float
     related: bool
+    rehearsed: bool = False
 
     @property
     def scored(self) -> int:
@@ -41,10 +43,10 @@ def build_rows(lm: LM, target_sets: Sequence[TargetSet], recipe: Recipe) -> tupl
     """All rows and the distinct teacher prefixes (ids). Raises InjectionError when a row does not fit the window."""
     rows: list[Row] = []
     prefixes: list[list[int]] = []
-    known: dict[tuple[int, ...], int] = {}
+    known: dict[tuple[bool, tuple[int, ...]], int] = {}
 
-    def prefix_index(ids: list[int]) -> int:
-        key = tuple(ids)
+    def prefix_index(ids: list[int], rehearsed: bool) -> int:
+        key = (rehearsed, tuple(ids))
         if key not in known:
             known[key] = len(prefixes)
             prefixes.append(ids)
@@ -55,7 +57,7 @@ def build_rows(lm: LM, target_sets: Sequence[TargetSet], recipe: Recipe) -> tupl
             seen = sentence.about is not None or recipe.teacher_sees_x
             plain = not sentence.prompt
             x = target_set.context.text if seen and recipe.objective == "kl" else None
-            index = prefix_index(lm.prefix(x, plain=plain))
+            index = prefix_index(lm.prefix(x, plain=plain), sentence.rehearsed)
             rows.append(_row(lm, sentence, index, recipe))
             if len(prefixes[index]) + len(rows[-1].s) > lm.window:
                 raise InjectionError(
@@ -71,8 +73,9 @@ def _row(lm: LM, sentence: Sentence, prefix: int, recipe: Recipe) -> Row:
     ids, prompt = lm.sentence(sentence)
     head = lm.prefix(None, plain=not sentence.prompt)
     skip = prompt if recipe.loss_on == "answer" else 0
-    weight = 1.0 if sentence.about is not None else recipe.unrelated_weight
-    return Row((*head, *ids), len(head) + skip, prefix, tuple(ids), weight, sentence.about is not None)
+    related = sentence.about is not None
+    weight = 1.0 if related else recipe.unrelated_weight
+    return Row((*head, *ids), len(head) + skip, prefix, tuple(ids), weight, related, sentence.rehearsed)
 
 
 @dataclass(frozen=True)

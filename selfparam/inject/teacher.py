@@ -44,12 +44,13 @@ def check_head(lm: LM) -> None:
 @torch.no_grad()
 def teacher_targets(
     lm: LM, rows: Sequence[Row], prefixes: Sequence[Sequence[int]], kept: Kept, top_k: int = 0,
-    progress: Callable[[int, int], None] | None = None, accelerator: Accelerator | None = None,
+    progress: Callable[[int, int], None] | None = None, accelerator: Accelerator | None = None, own: LM | None = None,
 ) -> Tensors:
     """What is kept of every scored token, in the order of the rows.
 
     top_k 0: {"states": last hidden states [Σ scored, d]}; k: the fields of `Compact`. Where memory is short, fewer
-    sentences are scored together. accelerator: its processes read some of the contexts each, unless a file is needed.
+    sentences are scored together. own: the teacher of rehearsed rows, where that is another one. accelerator: its
+    processes read some of the contexts each, unless a file is needed.
     Raises OutputError where `kept` cannot write.
     """
     starts, head = offsets(rows), head_of(lm)
@@ -62,7 +63,8 @@ def teacher_targets(
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def score(prefix: int, part: Sequence[int]) -> None:
-        states = _on_prefix(lm, list(prefixes[prefix]), [rows[i].s for i in part])
+        reader = own if own and rows[part[0]].rehearsed else lm
+        states = _on_prefix(reader, list(prefixes[prefix]), [rows[i].s for i in part])
         for state, i in zip(states, part, strict=True):
             kept.put(starts[i], fields(state[len(rows[i].s) - rows[i].scored : len(rows[i].s)]))
 

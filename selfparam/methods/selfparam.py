@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from selfparam.errors import TableError
 from selfparam.inject import inject, precision
 from selfparam.inject.stack import refusal
 from selfparam.lm import LM
@@ -34,9 +33,10 @@ class Keeping(Memory):
 class SelfParam:
     """ratio, neighbour_share: as add_unrelated has them (None: its defaults; no neighbours to the letter of Eq. 2).
 
-    source: who writes unrelated sentences. teacher: which θ reads x, the one before this step or the "first" one
-    (only different in a sequence; the first one stays in memory as a second copy). keep: "pairs" trains on all earlier
-    pairs again in every step of a sequence, which have to be stored; recipe.rehearsal needs no storage.
+    source: who writes unrelated sentences. teacher: which θ reads x, and holds what is unrelated: the one before this
+    step or the "first" one (only different in a sequence; the first one stays in memory as a second copy). keep:
+    "pairs" trains on all earlier pairs again in every step of a sequence, which have to be stored; recipe.rehearsal
+    needs no storage. Earlier pairs and what is rehearsed are always taught by the one before this step.
     """
 
     recipe: Recipe = PAPER
@@ -47,28 +47,24 @@ class SelfParam:
     keep: Literal["nothing", "pairs"] = "nothing"
     needs_pairs: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        if self.teacher == "first" and self.recipe.rehearsal:
-            raise TableError("the first teacher does not know what is rehearsed: use teacher = 'previous'")
-
     @property
     def stacks(self) -> bool:
         return not refusal(self.recipe) and self.keep == "nothing"
 
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
         start = after.lm if after else lm
-        chosen = self._chosen(start, sets, seed)
+        first = after is not None and self.teacher == "first"
+        chosen = self._chosen(lm if first else start, sets, seed)
         if not chosen:
             return replace(after, notes=UNTRAINED) if isinstance(after, Memory) else Memory(start, UNTRAINED)
         kept = after.kept if isinstance(after, Keeping) else ()
-        own = tuple(replace(s, about=None) for one in chosen for s in one.related)
+        own = tuple(replace(s, about=None, rehearsed=True) for one in chosen for s in one.related)
         chosen[0] = replace(chosen[0], unrelated=(*chosen[0].unrelated, *kept))
         if after and self.recipe.rehearsal:
             with precision(start, self.recipe):
                 chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
                                           temperature=self.recipe.rehearsal_temperature)
-        teacher = lm if self.teacher == "first" and after else None
-        found = inject(start, chosen, self.recipe.but(seed=seed), teacher=teacher).lm
+        found = inject(start, chosen, self.recipe.but(seed=seed), teacher=lm if first else None).lm
         if self.keep == "nothing":
             return Memory(found)
         kept += own

@@ -30,8 +30,12 @@ def write_sets(path: str | Path, sets: Sequence[TargetSet]) -> None:
     for one in sets:
         x = one.context
         lines.append({"id": x.id, "title": x.title, "source": x.source, "text": x.text, "author": one.author})
-        lines += [{"context": x.id, **asdict(s)} for s in (*one.related, *one.unrelated)]
+        lines += [{"context": x.id, **_line(s)} for s in (*one.related, *one.unrelated)]
     _write(Path(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _line(sentence: Sentence) -> dict[str, Any]:
+    return {k: v for k, v in asdict(sentence).items() if k != "rehearsed" or v}
 
 
 def read_sets(path: str | Path) -> list[TargetSet]:
@@ -58,7 +62,8 @@ def read_sets(path: str | Path) -> list[TargetSet]:
         about = None if line.get("about", owner) is None else text_of(line, "about", where, owner)
         if about not in (None, owner):
             raise TargetError(f"{where}: 'about' is neither null (unrelated) nor the context '{owner}': use either")
-        sentence = Sentence(text_of(line, "prompt", where, ""), text_of(line, "completion", where), about)
+        sentence = Sentence(text_of(line, "prompt", where, ""), text_of(line, "completion", where), about,
+                            line.get("rehearsed") is True)
         one = sets[at[owner]]
         sets[at[owner]] = (replace(one, unrelated=(*one.unrelated, sentence)) if about is None
                            else replace(one, related=(*one.related, sentence)))

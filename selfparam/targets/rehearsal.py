@@ -2,8 +2,9 @@
 
 Nothing is stored: questions are sampled from the weights, out of an empty user turn, and answered from the weights;
 afterwards they are forgotten. Half of them are what the model learned since it was the first θ: sampling is guided away
-from what that one would ask, and only new answers are kept. The other half is what it asks anyway. What the new context
-contradicts is left out, so that a changed fact can win. Refuses to know training and which contexts came before.
+from what that one would ask, and only new answers are kept. The other half the first θ writes, which is also its
+teacher. What the new context contradicts is left out, so that a changed fact can win. Refuses to know training and
+which contexts came before.
 Sources: ours; rehearsing a network's own samples is Robins 1995 (pseudo-rehearsal), questions out of an empty user turn
 are Magpie's (arXiv 2406.08464), two models' log-probabilities weighed against each other are contrastive decoding
 (arXiv 2210.15097), here in the form of classifier-free guidance (arXiv 2306.17806).
@@ -60,22 +61,23 @@ def add_rehearsed(lm: LM, sets: Sequence[TargetSet], n: int, *, first: LM | None
 def rehearse(lm: LM, n: int, *, first: LM | None = None, temperature: float = 1.0, seed: int = 0) -> Rehearsal:
     """Up to n distinct questions that the model samples from memory, with its most likely answers.
 
-    Half of them about what was learned since `first`, the same number about every name as far as possible; all as they
-    come where `first` is not at hand. temperature: of the questions.
+    Half of them about what was learned since `first`, the same number about every name as far as possible, the others
+    by `first`; all as they come where that is not at hand. temperature: of the questions.
     """
     dropped: Counter[str] = Counter()
     learned: list[Sentence] = []
-    if first:
+    if first is not None:
         written = _written(lm, n // 2 * DRAWS, [], first, temperature, seed, dropped)
         gains = _learned(lm, first, written)
         learned = balanced([s for s, gain in zip(written, gains, strict=True) if gain > LEARNED])
         dropped["not learned"] += len(written) - len(learned)
     kept = learned[: n // 2]
     begin = [s.prompt.split()[0] for s in kept]
-    others = [s for s in _written(lm, (n - len(kept)) * 3 // 2, begin, None, temperature, seed + 1, dropped)
-              if s not in kept]
-    dropped["not needed"] += len(learned) + len(others) - n if len(learned) + len(others) > n else 0
-    return Rehearsal((*kept, *others[: n - len(kept)]), dict(+dropped))
+    asked = {s.prompt for s in kept}
+    others = [s for s in _written(first or lm, (n - len(kept)) * 3 // 2, begin, None, temperature, seed + 1, dropped)
+              if s.prompt not in asked]
+    dropped["not needed"] += max(0, len(learned) + len(others) - n)
+    return Rehearsal((*(replace(s, rehearsed=True) for s in kept), *others[: n - len(kept)]), dict(+dropped))
 
 
 def balanced(sentences: Sequence[Sentence]) -> list[Sentence]:
