@@ -237,8 +237,7 @@ def _without_defaults(given: dict[str, Any]) -> dict[str, Any]:
         off = ["rehearsal", "rehearsal_temperature"] if not recipe["rehearsal"] else []
         off += ["unrelated_share"] if recipe["unrelated_share"] == 1 else []
         given = {**given, "recipe": {k: v for k, v in recipe.items() if k not in off}}
-    later = (("keep", "nothing"), ("along", False), ("neighbour_share", 0.0))
-    return {k: v for k, v in given.items() if (k, v) not in later}
+    return {k: v for k, v in given.items() if (k, v) not in (("keep", "nothing"), ("along", False))}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

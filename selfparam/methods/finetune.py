@@ -26,14 +26,12 @@ class FineTune:
     """on: "contexts" = FT(C), "sentences" = FT(S), "answers" = FT(Q); "turns" = FT(C) on conversations.
 
     recipe: its objective is always next-word.
-    ratio, neighbour_share, source: unrelated sentences as add_unrelated has them (FT(S) trains on the whole target
-    sentence set); the paper's set has no neighbours.
+    ratio: unrelated sentences for each pair (FT(S) trains on the whole target sentence set). source: who writes them.
     """
 
     on: Literal["contexts", "sentences", "answers", "turns"] = "contexts"
     recipe: Recipe = PAPER
     ratio: float = 1.0
-    neighbour_share: float = 0.0
     source: str = "self"
 
     @property
@@ -60,8 +58,7 @@ class FineTune:
             return [ft_c(s.context) for s in sets]
         chosen = [replace(s, unrelated=()) for s in sets if s.related]
         if self.on == "sentences" and self.ratio and chosen:
-            return add_unrelated(lm, chosen, ratio=self.ratio, neighbour_share=self.neighbour_share,
-                                 source=self.source, seed=seed)
+            return add_unrelated(lm, chosen, ratio=self.ratio, neighbour_share=0.0, source=self.source, seed=seed)
         return chosen
 
     def _recipe(self, seed: int) -> Recipe:
