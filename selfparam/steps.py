@@ -75,12 +75,13 @@ def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "aut
             raise ModelError(f"cannot put '{name}' on the device '{device}' ({reason}): try --device cpu") from error
 
 
-def choose_recipe(lm: LM, name: str, *, follows: bool = False, **changes: Any) -> Recipe:
+def choose_recipe(lm: LM, name: str, *, sequence: bool = False, follows: bool = False, **changes: Any) -> Recipe:
     """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out.
 
-    follows: something was injected before, which a small model rehearses; nothing is rehearsed without it.
+    sequence: injections go on one upon another. follows: something was injected before, which a small model rehearses;
+    nothing is rehearsed without it.
     """
-    small = SMALL_SEQUENTIAL if follows else SMALL
+    small = SMALL_SEQUENTIAL if sequence or follows else SMALL
     auto = small if lm.parameters < FEW_PARAMETERS else PAPER
     chosen = {"paper": PAPER, "fast": FAST, "small": small, "auto": auto}[name].but(
         **{key: value for key, value in changes.items() if value is not None})
@@ -178,14 +179,13 @@ def with_unrelated(lm: LM, sets: Sequence[TargetSet], journal: Journal, *, sourc
                    recipe: Recipe) -> list[TargetSet]:
     """Unrelated sentences for those sets that have none.
 
-    ratio: for each pair; None: what measured best, half of it where sentences from memory will join them, or one for
-    Eq. 2 to the letter, which has no questions about others.
+    ratio: for each pair; None: what measured best, or one for Eq. 2 to the letter, which has no questions about others.
     """
     lacking = [one for one in sets if not one.unrelated]
     if ratio == 0 or not lacking:
         return list(sets)
     if ratio is None:
-        ratio = 1.0 if recipe.teacher_sees_x else RATIO / 2 if recipe.rehearsal else RATIO
+        ratio = 1.0 if recipe.teacher_sees_x else RATIO
     share = 0.0 if recipe.teacher_sees_x else NEIGHBOUR_SHARE
     with journal.step("finding unrelated sentences"):
         added = iter(add_unrelated(lm, lacking, ratio=ratio, neighbour_share=share, source=source, seed=recipe.seed))

@@ -153,6 +153,6 @@ SMALL = Recipe(
     teacher_sees_x=False,
     loss_on="answer",
 )
-#: For the next injection into such a model: what it writes from memory holds what it has learned. All tokens of a pair
-#: are trained, questions too: a model rehearses only what it would ask by itself.
-SMALL_SEQUENTIAL = SMALL.but(epochs=12, rehearsal=80, loss_on="pair", unrelated_share=0.5)
+#: For one injection after another into such a model: what it writes from memory holds what it has learned. All tokens
+#: of a pair are trained, questions too: a model rehearses only what it would ask by itself.
+SMALL_SEQUENTIAL = SMALL.but(rehearsal=200, loss_on="pair", unrelated_share=0.5)

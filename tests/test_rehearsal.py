@@ -26,7 +26,7 @@ from selfparam.targets import rehearsal
 from selfparam.targets.rehearsal import (
     DRAWS,
     Rehearsal,
-    _learned,
+    _scores,
     add_rehearsed,
     balanced,
     rehearse,
@@ -75,17 +75,18 @@ def test_what_cannot_be_used_is_dropped_and_counted(monkeypatch: pytest.MonkeyPa
     assert prompts == [(["<|begin|><|user|>"] * 6, None)]
 
 
-def test_half_was_learned_and_half_begins_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_was_learned_and_the_others_begin_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
-    prompts = scripted(monkeypatch, lm, [f"Who was it number {i}" for i in range(2 * DRAWS)], {"0": "no", "2": "two"})
+    prompts = scripted(monkeypatch, lm, [f"Who was it number {i}" for i in range(3 * DRAWS)], {"0": "no", "2": "two"})
     others = scripted(monkeypatch, first, [" was it number 2", "ever saw number 8", " was it number 0", " was it at 9"],
                       {"0": "never", "2": "none"})
-    monkeypatch.setattr(rehearsal, "_learned", lambda *given: [2.0 if s.completion == "two" else 0.5 for s in given[2]])
+    scores = {"two": (-1.0, 3.0), "no": (-1.0, 1.0), "yes": (-9.0, 9.0)}  # learned; known before; a guess
+    monkeypatch.setattr(rehearsal, "_scores", lambda *given: [scores[s.completion] for s in given[2]])
     found = rehearse(lm, 4, first=first)
     assert found.sentences == (Sentence("Who was it number 2?", "two", rehearsed=True),
                                Sentence("Who was it number 0?", "never"), Sentence("Who was it at 9?", "yes"))
-    assert found.dropped == {"not learned": 2 * DRAWS - 1, "no question": 1}
-    assert prompts == [(["<|begin|><|user|>"] * 2 * DRAWS, first)]
+    assert found.dropped == {"not learned": 3 * DRAWS - 1, "no question": 1}
+    assert prompts == [(["<|begin|><|user|>"] * 3 * DRAWS, first)]
     assert others == [(["<|begin|><|user|>Who"] * 4, None)]  # the first θ writes what it also teaches
 
 
@@ -101,14 +102,15 @@ def test_learned_is_the_answer_that_the_first_model_would_not_give() -> None:
     lm, first = tiny_lm(chat=True, seed=1), tiny_lm(chat=True)
     written = [Sentence("Who keeps the red lamp?", "Mara"), Sentence("Who sails?", "Tom"),
                Sentence("When was it that the harbour was built by Tom?", "in 1904, as far as we know")]
-    for sentence, gain in zip(written, _learned(lm, first, written), strict=True):
+    for sentence, (sure, gain) in zip(written, _scores(lm, first, written), strict=True):
         head, (ids, prompt) = lm.prefix(None), lm.sentence(sentence)
-        by_hand = 0.0
-        for model, sign in ((lm.model, 1), (first.model, -1)):
+        by_hand = []
+        for model in (lm.model, first.model):
             with torch.no_grad():
                 log_p = model(torch.tensor([[*head, *ids]])).logits[0].double().log_softmax(-1)
-            by_hand += sign * sum(float(log_p[len(head) + k - 1, ids[k]]) for k in range(prompt, len(ids)))
-        assert gain == pytest.approx(by_hand, abs=1e-3)  # rows of other lengths beside it change nothing
+            by_hand.append(sum(float(log_p[len(head) + k - 1, ids[k]]) for k in range(prompt, len(ids))))
+        assert sure == pytest.approx(by_hand[0], abs=1e-3)
+        assert gain == pytest.approx(by_hand[0] - by_hand[1], abs=1e-3)  # rows of other lengths change nothing
 
 
 def test_guided_by_itself_a_model_writes_what_it_would_write_anyway() -> None:

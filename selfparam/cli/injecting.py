@@ -80,16 +80,15 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         check_out(str(out), needed=steps.weight_bytes(lm))
         surprise = None
     follows = bool(wish.history or (parent and parent.parent))
-    recipe = steps.choose_recipe(lm, wish.recipe, follows=follows, **wish.changes)
+    recipe = steps.choose_recipe(lm, wish.recipe, sequence=store is not None, follows=follows, **wish.changes)
     sets = sets or steps.written_sets(
         lm, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
         offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,
     )
     sets, _ = steps.without_questions(sets, [*asked, *probes], journal)
-    rehearses = follows and recipe.rehearsal > 0
-    first = _first(store, parent, wish.history, journal, wish.device) if rehearses else None
+    first = _first(store, parent, wish.history, journal, wish.device) if recipe.rehearsal else None
     sets = steps.with_unrelated(first or lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)
-    if rehearses:
+    if recipe.rehearsal:
         sets = steps.with_rehearsed(lm, sets, journal, recipe, first)
     job = Job(
         id=secrets.token_hex(16), model=wish.model, sets=tuple(sets), recipe=recipe, parent=parent.id if parent else "",

@@ -1,8 +1,8 @@
 """Self-rehearsal: what a model writes from memory before it learns something new, so that it keeps what it knows.
 
 Nothing is stored: questions are sampled from the weights, out of an empty user turn, and answered from the weights;
-afterwards they are forgotten. Half of them are what the model learned since it was the first θ: sampling is guided away
-from what that one would ask, and only new answers are kept. The other half the first θ writes, which is also its
+afterwards they are forgotten. Most of them are what the model learned since it was the first θ: sampling is guided away
+from what that one would ask, and only new and sure answers are kept. The others the first θ writes, which is also their
 teacher. What the new context contradicts is left out, so that a changed fact can win. Refuses to know training and
 which contexts came before.
 Sources: ours; rehearsing a network's own samples is Robins 1995 (pseudo-rehearsal), questions out of an empty user turn
@@ -26,7 +26,9 @@ from selfparam.types import Sentence, TargetSet, content_hash
 
 QUESTION_TOKENS, ANSWER_TOKENS = 28, 16
 DRAWS = 4  # questions written for each sentence that is kept
-LEARNED = 1.0  # nats by which an answer must be likelier than under the first θ
+LEARNED = 2.0  # nats by which an answer must be likelier than under the first θ
+SURE = -2.5  # log-probability, in nats, that a learned answer must have: below it most are guesses
+GUIDED = 0.8  # share of the sentences that are about what was learned
 _AT_ONCE = 256  # questions written together: rows are short
 _SCORED = 64  # sentences scored together: whole vocabularies are large
 _WORD = re.compile(r"\w+(?:-\w+)*")
@@ -37,8 +39,8 @@ class Rehearsal:
     """Sentences from memory, and how many were dropped for which reason.
 
     Reasons: "unfinished" (longer than allowed), "no question" (no line of at least three words), "repeated" (the same
-    question), "not learned" (the first θ would answer so too), "not needed" (enough about the same name),
-    "contradicted" (about the new context, which answers it otherwise).
+    question), "not learned" (the first θ would answer so too, or it is a guess), "not needed" (enough about the same
+    name), "contradicted" (about the new context, which answers it otherwise).
     """
 
     sentences: tuple[Sentence, ...]
@@ -61,17 +63,18 @@ def add_rehearsed(lm: LM, sets: Sequence[TargetSet], n: int, *, first: LM | None
 def rehearse(lm: LM, n: int, *, first: LM | None = None, temperature: float = 1.0, seed: int = 0) -> Rehearsal:
     """Up to n distinct questions that the model samples from memory, with its most likely answers.
 
-    Half of them about what was learned since `first`, the same number about every name as far as possible, the others
-    by `first`; all as they come where that is not at hand. temperature: of the questions.
+    Four fifths of them about what was learned since `first`, the same number about every name as far as possible, the
+    others by `first`; all as they come where that is not at hand. temperature: of the questions.
     """
     dropped: Counter[str] = Counter()
     learned: list[Sentence] = []
     if first is not None:
-        written = _written(lm, n // 2 * DRAWS, [], first, temperature, seed, dropped)
-        gains = _learned(lm, first, written)
-        learned = balanced([s for s, gain in zip(written, gains, strict=True) if gain > LEARNED])
+        written = _written(lm, round(GUIDED * n) * DRAWS, [], first, temperature, seed, dropped)
+        scores = _scores(lm, first, written)
+        learned = balanced([s for s, (sure, gain) in zip(written, scores, strict=True)
+                            if sure > SURE and gain > LEARNED])
         dropped["not learned"] += len(written) - len(learned)
-    kept = learned[: n // 2]
+    kept = learned[: round(GUIDED * n)]
     begin = [s.prompt.split()[0] for s in kept]
     asked = {s.prompt for s in kept}
     others = [s for s in _written(first or lm, (n - len(kept)) * 3 // 2, begin, None, temperature, seed + 1, dropped)
@@ -98,17 +101,19 @@ def balanced(sentences: Sequence[Sentence]) -> list[Sentence]:
 
 
 @torch.no_grad()
-def _learned(lm: LM, first: LM, sentences: Sequence[Sentence]) -> list[float]:
-    """log P_θ(a|q) - log P_first(a|q) of each sentence without any context, in nats."""
-    found: list[float] = []
+def _scores(lm: LM, first: LM, sentences: Sequence[Sentence]) -> list[tuple[float, float]]:
+    """log P_θ(a|q) of each sentence without any context, and how much that is above log P_first(a|q), in nats."""
+    found: list[tuple[float, float]] = []
     head = lm.prefix(None)
     for start in range(0, len(sentences), _SCORED):
         parts = [lm.sentence(s) for s in sentences[start : start + _SCORED]]
         rows = [([*head, *part], len(head) + prompt) for part, prompt in parts]
         width = max(len(row) for row, _ in rows)
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row, _ in rows])
-        gain = _log_probs(lm, ids) - _log_probs(first, ids)
-        found += [float(gain[i, begin - 1 : len(row) - 1].sum()) for i, (row, begin) in enumerate(rows)]
+        own, others = _log_probs(lm, ids), _log_probs(first, ids)
+        for i, (row, begin) in enumerate(rows):
+            sure, base = (float(p[i, begin - 1 : len(row) - 1].sum()) for p in (own, others))
+            found.append((sure, sure - base))
     return found
 
 
