@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from selfparam import steps
 from selfparam.cli import main
+from selfparam.errors import StoppedError
+from selfparam.lm import LM
 from selfparam.store.snapshots import Store
 from tests.tiny import tiny_lm
 
@@ -114,6 +118,33 @@ def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
     assert run("verify", "st")[0] == 0
     assert run("checkout", "st", store.lineage()[1].id)[0] == 0  # made again of parent and delta
     assert weights[1].read_bytes() == before_gc
+
+
+def test_a_stopped_rehearsal_goes_on_with_the_first_teacher(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(run)
+    assert learn(run, "lamp")[0] == 0
+    shutil.copytree("st", "whole", symlinks=True)
+    teachers: list[LM | None] = []
+    inject = steps.inject
+
+    def seen(*given: Any, **options: Any) -> Any:
+        teachers.append(options["teacher"])
+        if stops:
+            raise StoppedError("stopped")
+        return inject(*given, **options)
+
+    monkeypatch.setattr(steps, "inject", seen)
+    for name, stops in (("st", True), ("whole", False)):
+        code, _, err = run("inject", name, "boat.txt", "--author", "boat.jsonl", "--epochs", "1", "--rehearsal", "4")
+        assert (code == 0) != stops, err
+    code, _, err = run("inject", "st", "--resume")
+    assert code == 0, err
+    base = AutoModelForCausalLM.from_pretrained("tiny").state_dict()
+    for teacher in teachers:
+        assert teacher and all(torch.equal(base[name], w) for name, w in teacher.model.state_dict().items())
+    weights = [one.snapshot(one.head).files["model.safetensors"][0]
+               for one in (Store.open("st"), Store.open("whole")) if one.head]
+    assert len(teachers) == 3 and len(weights) == 2 and weights[0] == weights[1]
 
 
 def test_the_guard_keeps_aside_and_force_is_recorded(run: Run) -> None:

@@ -111,8 +111,7 @@ def _first(store: Store | None, parent: Snapshot | None, history: list[dict[str,
 def load(job: Job, store: Store | None, history: list[dict[str, Any]], journal: Journal) -> tuple[LM, LM | None]:
     """The model that an interrupted job started from, and θ before all injections where `prepare` had it."""
     parent = store.snapshot(job.parent) if store else None
-    rehearses = any(s.rehearsed for one in job.sets for s in one.unrelated)
-    first = _first(store, parent, history, journal, job.device) if rehearses else None
+    first = _first(store, parent, history, journal, job.device) if job.recipe.rehearsal else None
     if store and parent:
         return learn.load_snapshot(store, parent, journal, job.device), first
     return steps.load(job.model, journal, dtype=job.dtype, device=job.device, offline=job.offline), first
