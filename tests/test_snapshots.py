@@ -228,7 +228,7 @@ def test_what_the_guard_lets_pass() -> None:
 
 @pytest.mark.parametrize("change", [
     {"weights_finite": False}, {"losses_finite": False}, {"merge_error": 1e-3}, {"merge_error": math.nan},
-    {"drift": 0.31}, {"drift": math.nan}, {"drift": math.inf}, {"forgetting": 0.26}, {"decay": 0.41}, {"surprise": 3.0},
+    {"drift": 0.31}, {"drift": math.nan}, {"drift": math.inf}, {"forgetting": 0.26}, {"decay": 0.61}, {"surprise": 3.0},
 ])
 def test_what_it_refuses(change: dict[str, Any]) -> None:
     bad = Measured(**{**GOOD.__dict__, **change})
