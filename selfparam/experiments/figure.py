@@ -5,8 +5,10 @@ Refuses to know where numbers come from. Source: arXiv 2410.00487, section 4.3 a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,14 @@ from selfparam.experiments.rows import Row
 from selfparam.experiments.spec import Table, cells_of
 from selfparam.experiments.summary import retention
 
+COLUMNS = 4
+
 
 def draw(table: Table, rows: Mapping[str, Row], path: str | Path) -> None:
-    """Write the figure (.png, .svg, .pdf): a column for each method. Raises TableError, OutputError."""
+    """Write the figure (.png, .svg, .pdf): curves above their matrix for each method, COLUMNS of them side by side.
+
+    Raises TableError, OutputError.
+    """
     if table.protocol != "sequential":
         raise TableError(f"the figure shows sequences, and '{table.name}' is {table.protocol}: leave out --figure")
     try:
@@ -28,14 +35,20 @@ def draw(table: Table, rows: Mapping[str, Row], path: str | Path) -> None:
     panels = _panels(table, rows)
     if not panels:
         raise TableError(f"no rows of a sequence in '{table.results}': run the table first")
-    figure = Figure(figsize=(4.2 * len(panels), 7), layout="constrained")
-    axes = figure.subplots(2, len(panels), squeeze=False)
-    for (label, found), upper, lower in zip(panels.items(), axes[0], axes[1], strict=True):
-        _curves(upper, label, found)
-        image = _matrix(lower, found)
+    columns = min(COLUMNS, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 7 * lines), layout="constrained")
+    axes = figure.subplots(2 * lines, columns, squeeze=False)
+    for i in range(columns * lines - len(panels)):
+        axes[-1, -1 - i].set_axis_off()
+        axes[-2, -1 - i].set_axis_off()
+    for i, (label, found) in enumerate(panels.items()):
+        line, column = divmod(i, columns)
+        _curves(axes[2 * line, column], label, found)
+        image = _matrix(axes[2 * line + 1, column], found)
     figure.colorbar(image, ax=list(axes[1]), label="F1")
     try:
-        figure.savefig(path, dpi=120, metadata={"Date": None} if str(path).endswith(".svg") else None)
+        figure.savefig(path, dpi=80, metadata={"Date": None} if str(path).endswith(".svg") else None)
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write the figure to '{path}' ({error}): give a .png, .svg or .pdf") from error
 
@@ -59,7 +72,7 @@ def _curves(axis: Any, label: str, found: dict[str, Any]) -> None:
     axis.plot(*zip(*so_far, strict=True), color="tab:orange", linewidth=2, label="injected so far")
     if found["base"] is not None:
         axis.axhline(found["base"], color="black", linestyle="--", linewidth=1, label="base")
-    axis.set(title=f"{label} ({found['sequences']} sequences)", xlabel="injections", ylabel="F1", ylim=(0, 1))
+    axis.set(title=fill(f"{label} (n = {found['sequences']})", 36), xlabel="injections", ylabel="F1", ylim=(0, 1))
     axis.legend(fontsize="small")
 
 
