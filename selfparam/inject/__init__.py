@@ -87,7 +87,7 @@ def inject(
     rows, prefixes = build_rows(lm, target_sets, recipe)
     if teacher and any(r.rehearsed for r in rows) and not torch.equal(head_of(teacher).weight, head_of(lm).weight):
         raise InjectionError("the teacher has another output head than the model that rehearses: train LoRA or MLP "
-                             "matrices, or do without rehearsal")
+                             "matrices, or do without rehearsal (--rehearsal 0)")
     student = lm if in_place else replace(lm, model=copy.deepcopy(lm.model))
     cuda = [student.device] if student.device.type == "cuda" else []
     kept = Kept(student.device, cache_bytes)

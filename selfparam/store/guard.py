@@ -20,8 +20,8 @@ class Limits:
     forgetting  mean F1 that the probes (questions about earlier contexts) may lose against the parent: 0.13 at most
                 in the normal updates
     decay       mean F1 that they may lose against the best score that any earlier snapshot recorded for them: many
-                small losses in a row, each below `forgetting`. Thirty normal updates in a row reached 0.52: above the
-                limit little is left of the earlier contexts
+                small losses in a row, each below `forgetting`. Thirty normal updates reached 0.52, 10 of them refused
+                by the limit of 0.4 that was then; with 0.6 such a chain was not run
     surprise    nats per UTF-8 byte of a new context under the parent. Random letters cost every model at least
                 ln 26 = 3.26 on average (7.7 to 8.2 with digits and signs), prose far less: 0.2 to 0.5
     """
