@@ -10,8 +10,8 @@ import torch
 from selfparam.errors import InjectionError
 from selfparam.inject import inject
 from selfparam.inject.pairs import build_rows, even_lines, line_tokens
-from selfparam.inject.stack import inject_each
-from selfparam.inject.trainable import lean, make_trainable
+from selfparam.inject.stack import inject_each, lora_layers, weights_of
+from selfparam.inject.trainable import SHORT_LINE, lean, make_trainable
 from selfparam.lm import LM
 from selfparam.types import PAPER, Context, Recipe, Sentence, TargetSet
 from tests.tiny import tiny_lm
@@ -121,15 +121,31 @@ def test_lines_are_even() -> None:
     assert max(lengths) - min(lengths) <= max(len(row.student) for row in rows)
 
 
-def test_the_lean_step_gives_the_same_numbers_and_leaves_the_weights() -> None:
-    lm = calm("llama")
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gpt2", "gemma2"])
+def test_the_lean_step_gives_the_same_numbers_and_leaves_the_model(arch: str) -> None:
+    lm = calm(arch)
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
     model = make_trainable(lm, RECIPE)
-    ids = torch.tensor([lm.encode("Who keeps the lamp?")])
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(weights_of(layer)[1], std=0.02)
+    packed = {"input_ids": torch.tensor([lm.encode("Who keeps the lamp? The lamp is green.")])}
+    packed["position_ids"] = torch.tensor([[*range(3), *range(packed["input_ids"].shape[1] - 3)]])
+
+    def states() -> list[torch.Tensor]:
+        """The states of two rows in one line, and the gradient of an adapter."""
+        model.zero_grad()
+        h = lm.hidden(model, **packed)
+        h[..., ::3].sum().backward()
+        return [h.detach(), weights_of(lora_layers(model)[0][1])[0].grad.clone()]
+
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        plain = lm.hidden(model, input_ids=ids)
-        with lean(model):
-            linear = lm.model.model.layers[0].self_attn.o_proj.weight
-            assert linear.dtype == torch.bfloat16
-            assert torch.equal(lm.hidden(model, input_ids=ids), plain)
-    assert torch.equal(linear, before["model.layers.0.self_attn.o_proj.weight"]) and linear.dtype == torch.float32
+        plain, attention = states(), lm.model.config._attn_implementation
+        with lean(model, SHORT_LINE):
+            assert lm.model.config._attn_implementation == "eager"
+            ours = states()
+        assert lm.model.config._attn_implementation == attention
+        assert all(torch.equal(a, b) for a, b in zip(states(), plain, strict=True))
+    for a, b in zip(ours, plain, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.02
+    after = {k.replace(".base_layer", ""): v for k, v in lm.model.state_dict().items() if "lora_" not in k}
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in after.items())

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from selfparam.errors import InjectionError, VerificationError
 from selfparam.inject.checkpoint import Checkpoints
-from selfparam.inject.loop import EpochProgress, Trained, train
+from selfparam.inject.loop import EpochProgress, Trained, line_width, train
 from selfparam.inject.memory import CACHE_BYTES, Kept, Tensors
 from selfparam.inject.objective import Target, Words, kl_tokens
 from selfparam.inject.pairs import Row, build_rows, pack
@@ -111,7 +111,7 @@ def inject(
         model = make_trainable(student, recipe)
         if accelerator:  # equal weights, different dropout
             torch.manual_seed(recipe.seed + accelerator.process_index)
-        with lean(model):
+        with lean(model, line_width(lm, rows)):
             trained = train(student, model, rows, targets, recipe, progress, checkpoints, accelerator)
         done = time.perf_counter()
     adapter = _adapter_of(model) if keep_adapter and recipe.train == "lora" else None

@@ -190,7 +190,7 @@ def _train(lm: LM, pupils: Sequence[_Pupil], recipe: Recipe) -> tuple[float, flo
         model = make_trainable(base, recipe)
         adapters = _Adapters(model, len(pupils), recipe)
         model.train()
-        with lean(model):
+        with lean(model, LINE_TOKENS):
             _run(base, model, adapters, pupils, head)
         return taught - begin, time.perf_counter() - taught
 
