@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 from selfparam.data import worlds
 from selfparam.data.slots import Slots, split_of
@@ -56,6 +57,13 @@ def test_benchmark_items_ask_otherwise_than_they_train() -> None:
         for question, other in zip(item.questions, item.elsewhere, strict=True):
             assert question.text != other.text and question.answers == other.answers
             assert set(tokens(question.answers[0])) <= set(tokens(item.context.text)) | {"a", "an", "the"}
+
+
+def test_more_wordings_change_nothing_but_the_pairs() -> None:
+    for two, three in zip(worlds.held_out(10, seed=3), worlds.held_out(10, seed=3, asked=3), strict=True):
+        assert replace(two, pairs=()) == replace(three, pairs=())
+        assert len(three.pairs) == len(two.pairs) + len(two.questions) and {*two.pairs} < {*three.pairs}
+        assert {p.prompt for p in three.pairs}.isdisjoint(q.text for q in three.questions)
 
 
 def test_the_known_world_is_fixed() -> None:

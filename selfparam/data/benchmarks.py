@@ -27,11 +27,11 @@ from selfparam.errors import ContextError
 
 
 def fictional(n: int, fresh: int, count: Count, *, seed: int = 0, wordings: worlds.Wordings = "known",
-              facts: Sequence[int] = (4, 5, 6)) -> Benchmark:
+              facts: Sequence[int] = (4, 5, 6), asked: int = 2) -> Benchmark:
     """n fictional contexts that pretraining never saw, with right pairs and the leak's questions; none is too long."""
 
     def made(size: int, from_seed: int) -> tuple[Item, ...]:
-        found = worlds.held_out(size, from_seed, wordings, facts)
+        found = worlds.held_out(size, from_seed, wordings, facts, asked)
         return tuple(Item(w.context, w.questions, w.pairs, w.elsewhere) for w in found)
 
     return Benchmark(made(n, seed), made(fresh, FRESH_SEED))

@@ -233,37 +233,43 @@ def known_questions(n: int, seed: int = 0) -> tuple[Question, ...]:
     return tuple(Question(f.ask(f.relation.questions("known")[0], s.name), (f.answer,)) for s, f in chosen)
 
 
-def _domain_item(slots: Slots, wordings: Wordings, facts: int) -> WorldContext:
+def _domain_item(slots: Slots, wordings: Wordings, facts: int, asked: int) -> WorldContext:
     domain = slots.rng.choice(domains())
-    return item_of(slots, subject(slots, domain, facts), wordings)
+    return item_of(slots, subject(slots, domain, facts), wordings, asked)
 
 
-def item_of(slots: Slots, item: Subject, wordings: Wordings) -> WorldContext:
-    """A context that tells the subject's facts, pairs about them, and questions in the order of the facts."""
+def item_of(slots: Slots, item: Subject, wordings: Wordings, asked: int = 2) -> WorldContext:
+    """A context that tells the subject's facts, pairs about them, and questions in the order of the facts.
+
+    asked: wordings in which the pairs ask for each fact, if there are so many; one more asks backwards.
+    """
     rng, domain = slots.rng, item.domain
     context = Context(render(item, rng, wordings), title=item.name, source=f"worlds/{domain.name}")
     pairs, questions, elsewhere, neighbours = [], [], [], []
     for fact in item.facts:
         asks = fact.relation.questions("known")
         evaluated = fact.relation.questions(wordings)[-1]
-        trained = [a for a in asks if a != evaluated][:2]
-        pairs += [Sentence(fact.ask(a, item.name), fact.answer, context.id) for a in trained]
+        trained = [a for a in asks if a != evaluated]
+        pairs += [Sentence(fact.ask(a, item.name), fact.answer, context.id) for a in trained[:asked]]
         if fact.relation.back:
             pairs.append(Sentence(fact.ask(fact.relation.back[0], item.name), capital(item.name), context.id))
         questions.append(Question(fact.ask(evaluated, item.name), (fact.answer,), context.id))
         other, third = subject(slots, domain, 1).name, subject(slots, domain, 1).name
         elsewhere.append(Question(fact.ask(evaluated, other), (fact.answer,), context.id))
-        neighbours.append(Sentence(fact.ask(rng.choice(trained), third), "", None))
+        neighbours.append(Sentence(fact.ask(rng.choice(trained[:2]), third), "", None))
     return WorldContext(context, tuple(pairs), tuple(questions), tuple(elsewhere), tuple(neighbours))
 
 
 def held_out(
-    n: int, seed: int = 0, wordings: Wordings = "known", facts: Sequence[int] = (4, 5, 6)
+    n: int, seed: int = 0, wordings: Wordings = "known", facts: Sequence[int] = (4, 5, 6), asked: int = 2
 ) -> tuple[WorldContext, ...]:
-    """n benchmark items with names that pretraining never saw; questions in a wording that the pairs do not use."""
+    """n benchmark items with names that pretraining never saw; questions in a wording that the pairs do not use.
+
+    asked: as in `item_of`; it changes nothing but the pairs.
+    """
     rng = random.Random(f"held-out {seed} {wordings}")
     slots = Slots(rng, "test")
-    return tuple(_domain_item(slots, wordings, rng.choice(facts)) for _ in range(n))
+    return tuple(_domain_item(slots, wordings, rng.choice(facts), asked) for _ in range(n))
 
 
 def held_out_passages(n: int, seed: int = 0) -> tuple[tuple[Context, tuple[Question, ...]], ...]:

@@ -107,7 +107,7 @@ def apply(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
 
 @contextmanager
 def lean(model: Any, width: int) -> Iterator[None]:
-    """Inside autocast: nothing is computed in every step that one needs once, or less of. The numbers stay, to rounding.
+    """Inside autocast: nothing is computed in every step that is needed once. The numbers stay, to rounding.
 
     Copies of frozen matrices are made once. Adapters take their input as it comes, and their scaling and sum are part
     of the matrix product. On a CPU packed lines of `width` tokens, if short, are attended to with the scores spelled
