@@ -23,6 +23,7 @@ from selfparam.inject.loop import EpochProgress, Trained, line_width, train
 from selfparam.inject.memory import CACHE_BYTES, Kept, Tensors
 from selfparam.inject.objective import Target, Words, kl_tokens
 from selfparam.inject.pairs import Row, build_rows, pack
+from selfparam.inject.sharded import is_sharded, replicate
 from selfparam.inject.teacher import as_target, check_head, head_of, teacher_targets
 from selfparam.inject.trainable import lean, make_trainable
 from selfparam.lm import LM
@@ -75,7 +76,7 @@ def inject(
     sequence of injections, the first one, with the same output head); what is rehearsed is always lm's own.
     checkpoints: where to save and continue. cache_bytes: the teacher's targets may take so much memory (the device's,
     where there is one); more goes to a file under TMPDIR. accelerator: share the work among its processes, which all
-    call this with the same arguments and get the same θ'.
+    call this with the same arguments and get the same θ'. lm may be cut over them (sharded.py).
     Raises InjectionError (nothing to train on, a row beyond the window, a loss that is not finite, memory too short,
     another teacher with another output head while something is rehearsed),
     StoppedError (`checkpoints` was told to stop), OutputError (that file cannot be written) and VerificationError
@@ -83,6 +84,9 @@ def inject(
     """
     if accelerator and checkpoints:
         raise InjectionError("checkpoints are for one process: leave them out with several")
+    if is_sharded(lm.model) and not (in_place and accelerator and recipe.train in ("lora", "mlp") and not teacher):
+        raise InjectionError("a model that is cut over processes is trained in place, as LoRA or MLP matrices, and is "
+                             "its own teacher: in_place=True, accelerator=…, train 'lora' or 'mlp'")
     check_head(lm)
     rows, prefixes = build_rows(lm, target_sets, recipe)
     if teacher and any(r.rehearsed for r in rows) and not torch.equal(head_of(teacher).weight, head_of(lm).weight):
@@ -151,6 +155,8 @@ def merge(lm: LM, model: Any, rows: Sequence[Row]) -> float:
     probe = rows[:: max(1, len(rows) // 16)][:16]
     head = head_of(lm)
     before = _states(lm, model, probe)
+    if is_sharded(model):
+        replicate(model)
     lm.model = model.merge_and_unload()
     after = _states(lm, lm.model, probe)
     error = float(kl_tokens(after, head, before, head).mean())

@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from selfparam.errors import InjectionError
 from selfparam.inject.checkpoint import Checkpoints, Position
 from selfparam.inject.memory import Micro
 from selfparam.inject.objective import Target, loss_of, loss_of_tokens
 from selfparam.inject.pairs import Pack, Row, epoch_steps, offsets, pack
+from selfparam.inject.sharded import is_sharded
 from selfparam.inject.teacher import head_of
 from selfparam.inject.trainable import apply, make_optimizers
 from selfparam.lm import LM
@@ -90,7 +92,7 @@ class _Student:
         head = head_of(self.lm)
         self.head = head if head.weight.requires_grad else head.frozen(copy=False)
         self.starts, self.micro = offsets(self.rows), Micro(self.lm.model)
-        self.width = line_width(self.lm, self.rows)
+        self.width, self.sharded = line_width(self.lm, self.rows), is_sharded(self.model)
 
     def learn(self, chosen: Sequence[int]) -> tuple[float, float]:
         """Add the gradient of the mean loss (weighted) of the chosen rows; that loss in nats per token, its weight."""
@@ -109,7 +111,7 @@ class _Student:
         self._run(chosen, one, undo)
         if self.accelerator:
             for p in self.model.parameters():
-                if p.requires_grad:
+                if p.requires_grad and not isinstance(p, DTensor):  # those are summed in the backward pass
                     p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
         return self._sum(losses), total
 
@@ -131,11 +133,15 @@ class _Student:
         pad = self.lm.tokenizer.pad_token_id if self.lm.tokenizer.pad_token_id is not None else self.lm.bos[0]
 
         def part_of(part: slice) -> None:
-            packed = pack(self.rows, mine[part], self.starts, self.width, pad).to(self.lm.device)
+            packed = pack(self.rows, mine[part] or chosen[:1], self.starts, self.width, pad).to(self.lm.device)
             states = LM.hidden(self.model, input_ids=packed.ids, position_ids=packed.position_ids)
+            if not mine:  # only there to gather the layers with the others
+                packed = replace(packed, index=packed.index[:0], source=packed.source[:0], weight=packed.weight[:0])
             one(packed, states.flatten(0, 1)[packed.index])
 
-        if mine:
+        if self.sharded:  # all processes run at once, or they would wait for each other
+            self.micro.at_once(lambda: part_of(slice(len(mine))))
+        elif mine:
             self.micro.run([len(self.rows[i].student) for i in mine], part_of, undo)
 
     def _sum(self, losses: Sequence[float]) -> float:

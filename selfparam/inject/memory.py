@@ -28,10 +28,14 @@ Tensors = dict[str, torch.Tensor]
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 
 
-def fits(attempt: Callable[[], None], last: bool = False) -> bool:
+SMALLER = ("one sentence alone does not fit the memory: use a smaller model, bfloat16 weights, train = lora, or a "
+           "larger device")
+
+
+def fits(attempt: Callable[[], None], last: bool = False, advice: str = SMALLER) -> bool:
     """Run it; False where memory was too short, which is then free again. last: there is no smaller attempt.
 
-    Raises InjectionError where the last attempt does not fit.
+    Raises InjectionError with the advice where the last attempt does not fit.
     """
     try:
         attempt()
@@ -40,8 +44,7 @@ def fits(attempt: Callable[[], None], last: bool = False) -> bool:
         if not should_reduce_batch_size(error):
             raise
         if last:
-            raise InjectionError("one sentence alone does not fit the memory: use a smaller model, bfloat16 weights, "
-                                 "train = lora, or a larger device") from error
+            raise InjectionError(advice) from error
     clear_device_cache(garbage_collection=True)
     return False
 
@@ -87,6 +90,10 @@ class Micro:
                 self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             else:
                 self.tokens = max(sum(sizes[part]) for part in parts) // 2
+
+    def at_once(self, attempt: Callable[[], None]) -> None:
+        """Where several processes must do the same, none of them can try smaller parts. Raises InjectionError."""
+        fits(attempt, last=True, advice="a step does not fit the memory of a device: use a smaller batch_tokens")
 
     def end(self) -> None:
         """The model as it was."""

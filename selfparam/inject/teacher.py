@@ -18,6 +18,7 @@ from selfparam.errors import ModelError
 from selfparam.inject.memory import Kept, Tensors, fits
 from selfparam.inject.objective import CHUNK, Compact, Exact, Head, Target
 from selfparam.inject.pairs import Row, offsets
+from selfparam.inject.sharded import is_sharded
 from selfparam.lm import LM
 
 SENTENCE_TOKENS = 8192  # tokens of sentences scored together on one prefix
@@ -50,7 +51,7 @@ def teacher_targets(
 
     top_k 0: {"states": last hidden states [Σ scored, d]}; k: the fields of `Compact`. Where memory is short, fewer
     sentences are scored together. own: the teacher of rehearsed rows, where that is another one. accelerator: its
-    processes read some of the contexts each, unless a file is needed.
+    processes read some of the contexts each, unless a file is needed or the model is cut over them.
     Raises OutputError where `kept` cannot write.
     """
     starts, head = offsets(rows), head_of(lm)
@@ -72,14 +73,15 @@ def teacher_targets(
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.prefix, []).append(i)
-    divided = accelerator if accelerator and not kept.in_file else None
+    together = is_sharded(lm.model)  # every process needs every forward pass
+    divided = accelerator if accelerator and not kept.in_file and not together else None
     turn, turns = (divided.process_index, divided.num_processes) if divided else (0, 1)
     done, limit = 0, SENTENCE_TOKENS
     for prefix, members in list(groups.items())[turn::turns]:
         waiting = sorted(members, key=lambda i: len(rows[i].s))
         while waiting:
             part = _first(waiting, rows, len(prefixes[prefix]), limit)
-            if fits(partial(score, prefix, part), last=len(part) == 1):
+            if fits(partial(score, prefix, part), last=len(part) == 1 or together):
                 waiting = waiting[len(part) :]
             else:
                 limit = len(part) * _cost(rows[part[-1]], len(prefixes[prefix])) // 2

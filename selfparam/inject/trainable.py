@@ -19,6 +19,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import Linear
 
 from selfparam.errors import ModelError
+from selfparam.inject.sharded import is_sharded
 from selfparam.lm import LINEAR, LM, Conv1D
 from selfparam.types import Recipe
 
@@ -112,10 +113,10 @@ def lean(model: Any, width: int) -> Iterator[None]:
     Copies of frozen matrices are made once. Adapters take their input as it comes, and their scaling and sum are part
     of the matrix product. On a CPU packed lines of `width` tokens, if short, are attended to with the scores spelled
     out: the backward pass of its fused attention takes three times as long in bf16. Afterwards all is as it was;
-    nothing to do without autocast.
+    nothing to do without autocast, or where weights are cut over processes.
     """
     kind = model.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.is_autocast_enabled(kind) or is_sharded(model):
         yield
         return
     head = model.get_output_embeddings()
