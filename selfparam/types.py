@@ -88,7 +88,7 @@ class Recipe:
     unrelated_weight   factor on the loss of unrelated sentences
     unrelated_share    share of the unrelated sentences that one epoch trains on, drawn anew for every epoch
     batch_tokens       student tokens in one optimiser step (rows are packed whole)
-    rehearsal          sentences from memory, in an injection that follows others (targets/rehearsal.py)
+    rehearsal          at most so many sentences from memory, in an injection after others (targets/rehearsal.py)
     rehearsal_temperature   of their questions; answers are the most likely ones
     top_k              what is kept of the teacher: 0 its last hidden states (the exact KL over the vocabulary); k the
                        probabilities of its k likeliest tokens and of the rest together
@@ -155,4 +155,4 @@ SMALL = Recipe(
 )
 #: For one injection after another into such a model: what it writes from memory holds what it has learned. All tokens
 #: of a pair are trained, questions too: a model rehearses only what it would ask by itself.
-SMALL_SEQUENTIAL = SMALL.but(rehearsal=200, loss_on="pair", unrelated_share=0.5)
+SMALL_SEQUENTIAL = SMALL.but(rehearsal=500, loss_on="pair", unrelated_share=0.5)

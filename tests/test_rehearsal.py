@@ -24,11 +24,9 @@ from selfparam.methods import make_method, selfparam
 from selfparam.metrics.forgetting import backward_transfer, forgetting
 from selfparam.targets import rehearsal
 from selfparam.targets.rehearsal import (
-    DRAWS,
     Rehearsal,
     _scores,
     add_rehearsed,
-    balanced,
     rehearse,
     without_contradicted,
 )
@@ -77,7 +75,10 @@ def test_what_cannot_be_used_is_dropped_and_counted(monkeypatch: pytest.MonkeyPa
 
 def test_most_was_learned_and_the_others_begin_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
-    prompts = scripted(monkeypatch, lm, [f"Who was it number {i}" for i in range(3 * DRAWS)], {"0": "no", "2": "two"})
+    monkeypatch.setattr(rehearsal, "AT_ONCE", 4)  # one of four is enough for another round
+    texts = ["Who was it number 0", "Who was it number 2", "Who was it number 2?", "Who was it number 7",
+             "Who was it number 2", "Who was it number 1", "Who was it number 0", "What ever"]
+    prompts = scripted(monkeypatch, lm, texts, {"0": "no", "2": "two"})
     others = scripted(monkeypatch, first, [" was it number 2", "ever saw number 8", " was it number 0", " was it at 9"],
                       {"0": "never", "2": "none"})
     scores = {"two": (-1.0, 3.0), "no": (-1.0, 1.0), "yes": (-9.0, 9.0)}  # learned; known before; a guess
@@ -85,17 +86,33 @@ def test_most_was_learned_and_the_others_begin_alike(monkeypatch: pytest.MonkeyP
     found = rehearse(lm, 4, first=first)
     assert found.sentences == (Sentence("Who was it number 2?", "two", rehearsed=True),
                                Sentence("Who was it number 0?", "never"), Sentence("Who was it at 9?", "yes"))
-    assert found.dropped == {"not learned": 3 * DRAWS - 1, "no question": 1}
-    assert prompts == [(["<|begin|><|user|>"] * 3 * DRAWS, first)]
+    assert found.dropped == {"repeated": 3, "not learned": 3, "no question": 2}
+    assert prompts == [(["<|begin|><|user|>"] * 4, first)] * 2  # the second round brought nothing new
     assert others == [(["<|begin|><|user|>Who"] * 4, None)]  # the first θ writes what it also teaches
 
 
-def test_no_name_crowds_out_the_others() -> None:
-    asked = [Sentence("Who built Ardeara?", str(i)) for i in range(3)]
-    asked += [Sentence("What is near the Great Varo?", "Ardeara"), Sentence("Who lives on Briax?", "Tom")]
-    asked += [Sentence("what is it?", "blue")]
-    found = balanced(asked)
-    assert found == [asked[0], asked[4], asked[5], asked[1], asked[2], asked[3]]
+def test_it_asks_on_while_that_brings_something_new_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
+    monkeypatch.setattr(rehearsal, "AT_ONCE", 4)
+    monkeypatch.setattr(rehearsal, "_scores", lambda *given: [(0.0, 9.0)] * len(given[2]))
+    prompts = scripted(monkeypatch, lm, [f"Who was it that met N{i}" for i in range(40)], {})
+    scripted(monkeypatch, first, [], {})
+    found = rehearse(lm, 10, first=first)  # eight of them are learned ones
+    assert len(prompts) == 2 and sum(s.rehearsed for s in found.sentences) == 8
+    assert len(rehearse(lm, 20, first=first).sentences) == 16 and len(prompts) == 6
+
+
+def test_no_fact_crowds_out_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
+    monkeypatch.setattr(rehearsal, "_scores", lambda *given: [(0.0, 9.0)] * len(given[2]))
+    texts = [f"Who {i} built Ardeara" for i in range(9)]
+    texts += ["When was Ardeara built", "Who built Varo"]
+    scripted(monkeypatch, lm, texts, {"When": "1904"})
+    scripted(monkeypatch, first, [], {})
+    found = rehearse(lm, 400, first=first)
+    assert len([s for s in found.sentences if s.prompt.startswith("Who")]) == rehearsal.OFTEN + 1
+    assert [s.prompt for s in found.sentences[-2:]] == ["When was Ardeara built?", "Who built Varo?"]
+    assert found.dropped["not needed"] == 9 - rehearsal.OFTEN
 
 
 def test_learned_is_the_answer_that_the_first_model_would_not_give() -> None:

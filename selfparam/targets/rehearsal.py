@@ -25,11 +25,14 @@ from selfparam.metrics.qa_f1 import tokens
 from selfparam.types import Sentence, TargetSet, content_hash
 
 QUESTION_TOKENS, ANSWER_TOKENS = 28, 16
-DRAWS = 4  # questions written for each sentence that is kept
+AT_ONCE = 256  # questions of one round, written together: rows are short
+OFTEN = 5  # sentences with the same names in the question and the same answer
+WORTH = 0.08  # share of a round that must be kept for another one
+FEW = 40  # sentences of the first θ, at least
+PLAIN = 200  # sentences, at most, where nothing tells what was learned
 LEARNED = 2.0  # nats by which an answer must be likelier than under the first θ
 SURE = -2.5  # log-probability, in nats, that a learned answer must have: below it most are guesses
 GUIDED = 0.8  # share of the sentences that are about what was learned
-_AT_ONCE = 256  # questions written together: rows are short
 _SCORED = 64  # sentences scored together: whole vocabularies are large
 _WORD = re.compile(r"\w+(?:-\w+)*")
 
@@ -40,7 +43,7 @@ class Rehearsal:
 
     Reasons: "unfinished" (longer than allowed), "no question" (no line of at least three words), "repeated" (the same
     question), "not learned" (the first θ would answer so too, or it is a guess), "not needed" (enough about the same
-    name), "contradicted" (about the new context, which answers it otherwise).
+    fact), "contradicted" (about the new context, which answers it otherwise).
     """
 
     sentences: tuple[Sentence, ...]
@@ -63,41 +66,51 @@ def add_rehearsed(lm: LM, sets: Sequence[TargetSet], n: int, *, first: LM | None
 def rehearse(lm: LM, n: int, *, first: LM | None = None, temperature: float = 1.0, seed: int = 0) -> Rehearsal:
     """Up to n distinct questions that the model samples from memory, with its most likely answers.
 
-    Four fifths of them about what was learned since `first`, the same number about every name as far as possible, the
-    others by `first`; all as they come where that is not at hand. temperature: of the questions.
+    Four fifths of them about what was learned since `first`, a few about each fact, the others by `first`. It asks on
+    as long as that brings something new, so their number grows with what was learned.
+    Without `first` 200 questions at most, as they come. temperature: of the questions.
     """
     dropped: Counter[str] = Counter()
     learned: list[Sentence] = []
     if first is not None:
-        written = _written(lm, round(GUIDED * n) * DRAWS, [], first, temperature, seed, dropped)
-        scores = _scores(lm, first, written)
-        learned = balanced([s for s, (sure, gain) in zip(written, scores, strict=True)
-                            if sure > SURE and gain > LEARNED])
-        dropped["not learned"] += len(written) - len(learned)
+        learned = _learned(lm, first, round(GUIDED * n), temperature, seed, dropped)
     kept = learned[: round(GUIDED * n)]
     begin = [s.prompt.split()[0] for s in kept]
     asked = {s.prompt for s in kept}
-    others = [s for s in _written(first or lm, (n - len(kept)) * 3 // 2, begin, None, temperature, seed + 1, dropped)
+    wanted = min(n - len(kept), max(FEW, round(len(kept) / GUIDED) - len(kept)) if first else PLAIN)
+    others = [s for s in _written(first or lm, wanted * 3 // 2, begin, None, temperature, seed - 1, dropped)
               if s.prompt not in asked]
-    dropped["not needed"] += max(0, len(learned) + len(others) - n)
-    return Rehearsal((*(replace(s, rehearsed=True) for s in kept), *others[: n - len(kept)]), dict(+dropped))
+    dropped["not needed"] += len(learned) - len(kept) + max(0, len(others) - wanted)
+    return Rehearsal((*(replace(s, rehearsed=True) for s in kept), *others[:wanted]), dict(+dropped))
 
 
-def balanced(sentences: Sequence[Sentence]) -> list[Sentence]:
-    """The first about every name, then the second about every name, and so on: what is asked often comes last.
+def _learned(lm: LM, first: LM, n: int, temperature: float, seed: int, dropped: Counter[str]) -> list[Sentence]:
+    """Sure answers that `first` would not give, some of each, to questions of several rounds.
 
-    A sentence's name is its capitalised word that most of the sentences have.
+    Ends with the round that brings too few, or that reaches n.
     """
-    named = [{w for w in _WORD.findall(f"{s.prompt.partition(' ')[2]} {s.completion}") if w[0].isupper()}
-             for s in sentences]
-    shared = Counter(word for words in named for word in words)
-    turns: Counter[str] = Counter()
-    ranked = []
-    for i, words in enumerate(named):
-        name = max(sorted(words), key=lambda word: shared[word], default="")
-        turns[name] += 1
-        ranked.append((turns[name], i))
-    return [sentences[i] for _, i in sorted(ranked)]
+    found: list[Sentence] = []
+    asked: set[tuple[str, ...]] = set()
+    told: Counter[tuple[object, ...]] = Counter()
+    brought = AT_ONCE
+    while brought >= WORTH * AT_ONCE and len(found) < n:
+        before, seed = len(found), seed + 1
+        written = _written(lm, AT_ONCE, [], first, temperature, seed, dropped)
+        new = [s for s in written if tuple(tokens(s.prompt)) not in asked]
+        asked.update(tuple(tokens(s.prompt)) for s in new)
+        sure = [s for s, (p, gain) in zip(new, _scores(lm, first, new), strict=True) if p > SURE and gain > LEARNED]
+        for one in sure:
+            names = frozenset(w for w in _WORD.findall(one.prompt)[1:] if w[0].isupper())
+            fact = (names, *tokens(one.completion))
+            told[fact] += 1
+            if told[fact] <= OFTEN:
+                found.append(one)
+            else:
+                dropped["not needed"] += 1
+        brought = len(found) - before
+        dropped["repeated"] += len(written) - len(new)
+        dropped["not learned"] += len(new) - len(sure)
+    return found
 
 
 @torch.no_grad()
@@ -143,7 +156,7 @@ def _written(lm: LM, n: int, openings: Sequence[str], first: LM | None, temperat
     head, between = lm.chat_parts()[:2] if lm.is_chat else (lm.bos, [])
     rows = [[*head, *lm.encode(one if lm.is_chat else f"Question: {one}".rstrip())] for one in begun]
     texts = lm.generate(rows, max_new_tokens=QUESTION_TOKENS, temperature=temperature, seed=seed, stop="?",
-                        stop_at=between, batch_rows=_AT_ONCE, against=first)
+                        stop_at=between, batch_rows=AT_ONCE, against=first)
     questions: dict[tuple[str, ...], str] = {}
     for opening, text in zip(begun, texts, strict=True):
         question = f"{opening}{text}".strip().split("\n")[0].strip()
