@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done.lm.save(args.out)
     if accelerator.is_main_process:
         print(json.dumps({"processes": accelerator.num_processes, "losses": done.trained.losses}))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
