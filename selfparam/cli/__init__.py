@@ -35,7 +35,7 @@ from selfparam.report import (
 )
 from selfparam.store import check_out, history_of, read_record, unfinished_beside
 from selfparam.store.snapshots import Store, is_store
-from selfparam.types import Context, Objective, Train
+from selfparam.types import SMALL_SEQUENTIAL, Context, Objective, Train
 
 #: Before the libraries are imported: no log lines, no bars of their own, no threads that forking would break.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -151,8 +151,8 @@ def inject(
     objective: Annotated[Objective | None, typer.Option(
         help="kl: SELF-PARAM; next-word: plain fine-tuning on the same sentences.")] = None,
     rehearsal: Annotated[int | None, typer.Option(
-        min=0, help="Sentences that the model writes from memory, where something was injected before; "
-                    "not given: 80 for small models, else none.", show_default=False)] = None,
+        min=0, help="At most so many sentences that the model writes from memory, where something was injected "
+                    f"before; not given: {SMALL_SEQUENTIAL.rehearsal} for small models, else none.", show_default=False)] = None,
     questions: Annotated[str | None, typer.Option(help=_QUESTIONS_HELP)] = None,
     adapter: Annotated[bool, typer.Option(
         "--adapter", help="Write the LoRA weights alone too, to adapter/, as peft reads them.")] = False,
