@@ -152,7 +152,8 @@ def inject(
         help="kl: SELF-PARAM; next-word: plain fine-tuning on the same sentences.")] = None,
     rehearsal: Annotated[int | None, typer.Option(
         min=0, help="At most so many sentences that the model writes from memory, where something was injected "
-                    f"before; not given: {SMALL_SEQUENTIAL.rehearsal} for small models, else none.", show_default=False)] = None,
+                    f"before; not given: {SMALL_SEQUENTIAL.rehearsal} for small models, else none.",
+        show_default=False)] = None,
     questions: Annotated[str | None, typer.Option(help=_QUESTIONS_HELP)] = None,
     adapter: Annotated[bool, typer.Option(
         "--adapter", help="Write the LoRA weights alone too, to adapter/, as peft reads them.")] = False,
