@@ -27,6 +27,7 @@ lint: $(READY)
 bench: $(READY)
 	@$(PIP) -e '.[bench]'
 	$(BIN)/python -m benchmarks.injection --contexts $(CONTEXTS) --epochs $(EPOCHS) --rounds $(ROUNDS) --out $(RESULTS)/injection.json
+	$(BIN)/python -m benchmarks.reach --out $(RESULTS)/reach.json
 	$(BIN)/python -m benchmarks.growth --out $(RESULTS)/growth.json
 	$(BIN)/python -m benchmarks.render
 

@@ -31,6 +31,17 @@ def injection(found: dict[str, Any]) -> str:
             "![seconds of each way](performance.svg)\n")
 
 
+def reach(found: dict[str, Any]) -> str:
+    lines = [f"## To the same F1\n\n{found['contexts']} contexts; the paper's recipe written plainly, with learning "
+             f"rate {found['lr']:g}, and `SMALL`, a run for each number of epochs (`benchmarks/reach.py`).\n",
+             "| recipe | epochs | seconds | F1 |", "| --- | --- | --- | --- |"]
+    for name in ("paper", "ours"):
+        lines += [f"| {name} | {p['epochs']} | {p['seconds']:.1f} | {p['f1']:.3f} |" for p in found[name]]
+    times = found["ratio"]
+    return "\n".join([*lines, f"\nOurs reaches the paper's last F1 {times:.1f} times sooner.\n" if times else
+                      "\nOurs did not reach the paper's last F1.\n"])
+
+
 def growth(found: dict[str, Any]) -> str:
     lines = ["## Growth\n", f"Seconds of the teacher pass and of {found['epochs']} epoch(s) of training "
              "(`benchmarks/growth.py`).\n", "| over | sizes | teacher, s | training, s | exponents |",
@@ -86,7 +97,8 @@ def render(folder: Path, docs: Path) -> str:
     results = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("*.json"))}
     docs.mkdir(parents=True, exist_ok=True)
     parts = [HEAD]
-    for name, part, command in (("injection", injection, "make bench"), ("growth", growth, "make bench"),
+    for name, part, command in (("injection", injection, "make bench"), ("reach", reach, "make bench"),
+                                ("growth", growth, "make bench"),
                                 ("gpu", gpu, "python -m benchmarks.gpu --out benchmarks/results/gpu.json")):
         parts.append(part(results[name]) if name in results else f"*{name}: not measured yet: `{command}`*\n")
     figures(results, docs)

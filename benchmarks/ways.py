@@ -36,8 +36,8 @@ Sets = Sequence[TargetSet]
 Done = tuple[Any, float]
 
 
-def plain(lm: LM, sets: Sets, recipe: Recipe) -> Done:
-    """The paper's recipe as one would first write it."""
+def plain(lm: LM, sets: Sets, recipe: Recipe, look: Callable[[int, Any], None] | None = None) -> Done:
+    """The paper's recipe as one would first write it. look: is given every epoch's number and the peft model."""
     rows, prefixes = build_rows(lm, sets, recipe)
     teacher, student = lm.model, LM(copy.deepcopy(lm.model), lm.tokenizer, lm.name, lm.revision)
     torch.manual_seed(recipe.seed)
@@ -48,7 +48,7 @@ def plain(lm: LM, sets: Sets, recipe: Recipe) -> Done:
     steps = len(epoch_steps(rows, recipe.batch_tokens, random.Random(0))) * recipe.epochs
     step, mean = 0, 0.0
     model.train()
-    for _ in range(recipe.epochs):
+    for epoch in range(1, recipe.epochs + 1):
         total = count = 0.0
         for chosen in epoch_steps(rows, recipe.batch_tokens, rng):
             part = [rows[i] for i in chosen]
@@ -71,6 +71,8 @@ def plain(lm: LM, sets: Sets, recipe: Recipe) -> Done:
             total += float(loss.detach()) * sum(r.scored for r in part)
             count += sum(r.scored for r in part)
         mean = total / count
+        if look:
+            look(epoch, model)
     return model.merge_and_unload().eval(), mean
 
 

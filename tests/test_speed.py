@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import flops, gpu, growth, render, ways
+from benchmarks import flops, gpu, growth, reach, render, ways
 from selfparam.inject.objective import Head, Words, loss_of
 from selfparam.inject.pairs import build_rows, offsets, pack
 from selfparam.lm import LM
-from selfparam.types import PAPER, Recipe
+from selfparam.types import PAPER, Context, Question, Recipe, Sentence, TargetSet
 from tests.test_memory import SETS
 from tests.tiny import tiny_lm
 
@@ -99,7 +99,7 @@ def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
               str(results / "gpu.json")])
     [found] = json.loads((results / "gpu.json").read_text())["gpu"]
     assert found["rows"] == 30 and found["seconds_training"] > 0 and found["utilisation_training"] > 0
-    assert render.render(results, docs).count("not measured yet") == 2
+    assert render.render(results, docs).count("not measured yet") == 3
     row = {"seconds": [1.0, 3.0, 2.0], "cpu": 4.0, "loss": 0.1, "peak_mb": 10.0, "start_mb": 5.0, "tokens": 100,
            "flops": 1e9, "f1": [0.5, 0.7], "sentences": 4, "tokens_per_context": 300.0}
     machine = {"device": "cpu", "processor": "x", "threads": 1, "torch": "2", "ours": "float32", "ceiling": 1e9}
@@ -109,11 +109,33 @@ def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     points = [{"size": n, "teacher": n / 10, "training": n / 5, "rows": n} for n in (10, 20)]
     (results / "growth.json").write_text(json.dumps({
         "growth": {"contexts": {"points": points, "exponent": {"teacher": 1.0, "training": 1.0}}}, "epochs": 1}))
+    theirs, own = ([{"epochs": 5, "seconds": 10.0, "f1": 0.6}, {"epochs": 10, "seconds": 20.0, "f1": f1}]
+                   for f1 in (0.5, 0.7))
+    assert reach.ratio(theirs, own) == 0.5 and reach.ratio(own, theirs) is None
+    (results / "reach.json").write_text(json.dumps({"contexts": 2, "lr": 2e-3, "paper": theirs, "ours": own,
+                                                    "ratio": 0.5}))
     text = render.render(results, docs)
+    assert "| paper | 10 | 20.0 | 0.500 |" in text and "0.5 times sooner" in text
     assert "| plain | 30.0 | 15.00 | 4.0 | 3 | 3.3% |" in text and "| contexts | 10, 20 | 1.0, 2.0 |" in text
     assert "not measured yet" not in text and "| tiny | 1 | 1 |" in text
     assert (docs / "performance.md").read_text("utf-8") == text
     assert {p.name for p in docs.iterdir()} == {"performance.md", "performance.svg", "growth.svg"}
+
+
+def test_both_recipes_are_followed_to_the_same_f1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lm = tiny_lm()
+    x = Context("Mara keeps the red lamp on the hill.")
+    sets = [TargetSet(x, (Sentence("Who keeps it?", "Mara", x.id),), (Sentence("", "The boat came back."),))]
+    monkeypatch.setattr(reach.LM, "load", lambda model: lm)
+    monkeypatch.setattr(reach, "target_sets", lambda lm, contexts: (sets, [[Question("Who keeps it?", ("Mara",))]]))
+    monkeypatch.setattr(reach, "machine", lambda model: {})
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    reach.main(["--contexts", "1", "--epochs", "5", "--every", "2", "--out", str(tmp_path / "reach.json")])
+    found = json.loads((tmp_path / "reach.json").read_text())
+    assert [p["epochs"] for p in found["paper"]] == [2, 4, 5]
+    assert all(p["seconds"] > 0 and 0 <= p["f1"] <= 1 for p in found["paper"] + found["ours"])
+    assert found["ours"][-1]["f1"] >= found["paper"][-1]["f1"] or len(found["ours"]) == len(reach.EPOCHS)
+    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
 
 
 def test_shapes_are_the_published_ones() -> None:
