@@ -15,13 +15,13 @@ from typing import Any
 class Limits:
     """The largest values that pass.
 
-    drift       nats per token from the parent on held-out unrelated text. 0.3 is a factor of 1.35 in perplexity. 30
-                normal updates had 0.10 at most, those with a hundredfold learning rate about 5 and more
-    forgetting  mean F1 that the probes (questions about earlier contexts) may lose against the parent: 0.13 at most
+    drift       nats per token from the parent on held-out unrelated text. 0.3 is a factor of 1.35 in perplexity. The
+                normal updates had 0.11 at most, those with a hundredfold learning rate about 5 and more
+    forgetting  mean F1 that the probes (questions about earlier contexts) may lose against the parent: 0.16 at most
                 in the normal updates
     decay       mean F1 that they may lose against the best score that any earlier snapshot recorded for them: many
-                small losses in a row, each below `forgetting`. Thirty normal updates reached 0.52, 10 of them refused
-                by the limit of 0.4 that was then; with 0.6 such a chain was not run
+                small losses in a row, each below `forgetting`. After 25 normal updates in a row it was 0.39, with the
+                weaker rehearsal of before 0.58 (docs/LOG.md)
     surprise    nats per UTF-8 byte of a new context under the parent. Random letters cost every model at least
                 ln 26 = 3.26 on average (7.7 to 8.2 with digits and signs), prose far less: 0.2 to 0.5
     """
