@@ -34,7 +34,8 @@ def losses(student: LM, rows: Sequence[Row], targets: Target) -> torch.Tensor:
         part = range(at, min(len(rows), at + 64))
         packed = pack(rows, part, offsets(rows), 256, student.bos[0]).to(student.device)
         h = student.hidden(student.model, input_ids=packed.ids, position_ids=packed.position_ids)
-        found.append(loss_of_tokens(h.flatten(0, 1)[packed.index], head_of(student), targets.at(packed.source)))
+        each = loss_of_tokens(h.flatten(0, 1)[packed.index], head_of(student), targets.at(packed.source))
+        found.append(each[packed.weight > 0])
     return torch.cat(found)
 
 

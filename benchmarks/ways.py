@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from selfparam.inject import inject, loop, precision
+from selfparam.inject import inject, loop, pairs, precision
 from selfparam.inject.pairs import Row, build_rows, epoch_steps, pack
 from selfparam.inject.teacher import teacher_states
 from selfparam.inject.trainable import lora_targets, make_optimizers, make_trainable
@@ -189,7 +189,13 @@ def padded_rows(lm: LM, sets: Sets, recipe: Recipe) -> Done:
         rest = (torch.cat([p.source for p in parts]), torch.cat([p.weight for p in parts]))
         return type(parts[0])(torch.cat(ids), torch.cat(positions), index, *rest)
 
-    with instead(loop, "pack", lines):
+    with instead(loop, "pack", lines), instead(pairs, "SHAPE", 1):
+        return ours(lm, sets, recipe)
+
+
+def any_shape(lm: LM, sets: Sets, recipe: Recipe) -> Done:
+    """Ours, but lines and scored tokens are as many as there are, so that every step has shapes of its own."""
+    with instead(pairs, "SHAPE", 1):
         return ours(lm, sets, recipe)
 
 
@@ -235,6 +241,7 @@ WAYS: dict[str, Callable[[LM, Sets, Recipe], Done]] = {
     "ours, teacher again every epoch": teacher_every_epoch,
     "ours, no shared prefix": one_prefix_each,
     "ours, padded rows": padded_rows,
+    "ours, shapes as they come": any_shape,
     "ours, dense KL": dense_kl,
     "ours, top 64": compact,
     "ours, targets in a file": in_file,

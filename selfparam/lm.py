@@ -223,11 +223,11 @@ class LM:
 
     @torch.no_grad()
     def prefix_cache(self, ids: Sequence[int], copies: int) -> Any:
-        """Keys and values of a prefix, run once and repeated for `copies` rows."""
+        """Keys and values of a prefix, run once, for `copies` rows: views of one copy, until something is added."""
         cache = DynamicCache(config=self.model.config)
         self.hidden(self.model, input_ids=torch.tensor([list(ids)], device=self.device), past_key_values=cache)
-        if copies > 1:
-            cache.batch_repeat_interleave(copies)
+        for layer in cache.layers:
+            layer.keys, layer.values = (t.expand(copies, -1, -1, -1) for t in (layer.keys, layer.values))
         return cache
 
     # --- generation ---------------------------------------------------------------------------------------------

@@ -58,8 +58,9 @@ def counted(lm: LM, recipe: Recipe) -> tuple[float, float]:
     head = Head(lm.model.get_output_embeddings().weight)
     lm.model.requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
-        h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)[packed.index]
-        loss_of(h, head, Words(torch.zeros(len(h), dtype=torch.long)), packed.weight).backward()
+        h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)
+        h, weight = h[packed.index[packed.weight > 0]], packed.weight[packed.weight > 0]
+        loss_of(h, head, Words(torch.zeros(len(h), dtype=torch.long)), weight).backward()
     counts = counter.get_flop_counts()["Global"].items()
     attention = sum(n for op, n in counts if "attention" in str(op) or "bmm" in str(op))
     return counter.get_total_flops() - attention, packed.ids.numel() / sum(len(r.student) for r in rows)

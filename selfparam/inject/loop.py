@@ -121,7 +121,8 @@ class _Student:
         losses: list[float] = []
 
         def one(packed: Pack, h: torch.Tensor) -> None:
-            losses.append(float(loss_of_tokens(h, self.head, self.targets.at(packed.source)).sum()))
+            found = loss_of_tokens(h, self.head, self.targets.at(packed.source))
+            losses.append(float(found[packed.weight > 0].sum()))
 
         self.model.eval()
         self._run(chosen, one, losses.clear)

@@ -16,6 +16,7 @@ from selfparam.errors import InjectionError
 from selfparam.lm import LM
 from selfparam.types import Recipe, Sentence, TargetSet
 
+SHAPE = 64  # lines and scored tokens come in multiples: matrix products are prepared anew for every other shape
 
 @dataclass(frozen=True)
 class Row:
@@ -83,7 +84,8 @@ class Pack:
     """Rows packed without padding between them: arrays [B, T]; the last places of a line may be unused.
 
     position_ids restart with every row. index [N] = flat places whose outputs predict the scored tokens,
-    source [N] = where their targets lie among all scored tokens, weight [N].
+    source [N] = where their targets lie among all scored tokens, weight [N]. The first is repeated with weight 0 until
+    N is a multiple of SHAPE.
     """
 
     ids: torch.Tensor
@@ -138,7 +140,8 @@ def line_tokens(rows: Sequence[Row], line: Sequence[int]) -> int:
 
 
 def lay(rows: Sequence[Row], lines: Sequence[Sequence[int]], starts: Sequence[int], width: int, pad: int) -> Pack:
-    """Lay rows into lines of `width` tokens, as the lists of their numbers say."""
+    """Lay rows into lines of `width` tokens (rounded up to SHAPE), as the lists of their numbers say."""
+    width = -(-width // SHAPE) * SHAPE
     ids = torch.full((len(lines), width), pad)
     positions = torch.zeros_like(ids)
     index: list[int] = []
@@ -155,7 +158,9 @@ def lay(rows: Sequence[Row], lines: Sequence[Sequence[int]], starts: Sequence[in
             weight += [row.weight] * row.scored
             at += n
         # unused places are rows of one token each, so that no row attends to them
-    return Pack(ids, positions, torch.tensor(index), torch.tensor(source), torch.tensor(weight))
+    more = -len(index) % SHAPE
+    index, source = index + index[:1] * more, source + source[:1] * more
+    return Pack(ids, positions, torch.tensor(index), torch.tensor(source), torch.tensor(weight + [0.0] * more))
 
 
 def epoch_steps(rows: Sequence[Row], batch_tokens: int, rng: random.Random, unrelated: float = 1.0) -> list[list[int]]:

@@ -21,7 +21,9 @@ from selfparam.inject.pairs import Row, offsets
 from selfparam.inject.sharded import is_sharded
 from selfparam.lm import LM
 
-SENTENCE_TOKENS = 8192  # tokens of sentences scored together on one prefix
+#: Tokens of sentences scored together on one prefix; more is no faster on a CPU, and takes more memory.
+SENTENCE_TOKENS = {"cpu": 2048}
+ELSEWHERE = 8192
 
 
 def head_of(lm: LM) -> Head:
@@ -76,7 +78,7 @@ def teacher_targets(
     together = is_sharded(lm.model)  # every process needs every forward pass
     divided = accelerator if accelerator and not kept.in_file and not together else None
     turn, turns = (divided.process_index, divided.num_processes) if divided else (0, 1)
-    done, limit = 0, SENTENCE_TOKENS
+    done, limit = 0, SENTENCE_TOKENS.get(lm.device.type, ELSEWHERE)
     for prefix, members in list(groups.items())[turn::turns]:
         waiting = sorted(members, key=lambda i: len(rows[i].s))
         while waiting:
