@@ -147,6 +147,20 @@ def test_a_stopped_rehearsal_goes_on_with_the_first_teacher(run: Run, monkeypatc
     assert len(teachers) == 3 and len(weights) == 2 and weights[0] == weights[1]
 
 
+def test_the_model_before_all_injections_writes_the_pairs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(run)
+    base, as_before = AutoModelForCausalLM.from_pretrained("tiny").state_dict(), []
+    written = steps.written_sets
+
+    def seen(lm: LM, *given: Any, **options: Any) -> Any:
+        as_before.append(all(torch.equal(base[name], w) for name, w in lm.model.state_dict().items()))
+        return written(lm, *given, **options)
+
+    monkeypatch.setattr(steps, "written_sets", seen)
+    assert learn(run, "lamp")[0] == 0 and learn(run, "boat", "--rehearsal", "1")[0] == 0
+    assert as_before == [True, True]
+
+
 def test_the_guard_keeps_aside_and_force_is_recorded(run: Run) -> None:
     store = make(run, "--max-drift", "0.0001")
     head = store.head

@@ -67,8 +67,9 @@ Dtype = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Pairs = Annotated[int, typer.Option(min=1, help="Question-answer pairs to write about each document.")]
 AuthorName = Annotated[str, typer.Option(
-    "--author", help="Who writes the pairs: 'self', another model (directory or hub name), or a .jsonl file of your "
-                     'own {"question", "answer"} lines.')]
+    "--author", help="Who writes the pairs: 'self' (where earlier sentences are rehearsed, the model before all "
+                     'injections), another model (directory or hub name), or a .jsonl file of your own '
+                     '{"question", "answer"} lines.')]
 Endpoint = Annotated[str | None, typer.Option(
     help="Address of an OpenAI-compatible server that writes the pairs; its key is read from OPENAI_API_KEY.")]
 EndpointModel = Annotated[str | None, typer.Option("--author-model", help="Name of the model at the endpoint.")]

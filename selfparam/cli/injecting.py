@@ -81,12 +81,12 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         surprise = None
     follows = bool(wish.history or (parent and parent.parent))
     recipe = steps.choose_recipe(lm, wish.recipe, sequence=store is not None, follows=follows, **wish.changes)
-    sets = sets or steps.written_sets(
-        lm, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
+    first = _first(store, parent, wish.history, journal, wish.device) if recipe.rehearsal else None
+    sets = sets or steps.written_sets(  # by θ before all injections: who has learned much writes worse
+        first or lm, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
         offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,
     )
     sets, _ = steps.without_questions(sets, [*asked, *probes], journal)
-    first = _first(store, parent, wish.history, journal, wish.device) if recipe.rehearsal else None
     sets = steps.with_unrelated(first or lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)
     if recipe.rehearsal:
         sets = steps.with_rehearsed(lm, sets, journal, recipe, first)
