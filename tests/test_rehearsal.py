@@ -77,7 +77,7 @@ def test_most_was_learned_and_the_others_begin_alike(monkeypatch: pytest.MonkeyP
     lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
     monkeypatch.setattr(rehearsal, "AT_ONCE", 4)  # one of four is enough for another round
     texts = ["Who was it number 0", "Who was it number 2", "Who was it number 2?", "Who was it number 7",
-             "Who was it number 2", "Who was it number 1", "Who was it number 0", "What ever"]
+             " was it number 2", " was it number 1", " was it number 0", " ever"]
     prompts = scripted(monkeypatch, lm, texts, {"0": "no", "2": "two"})
     others = scripted(monkeypatch, first, [" was it number 2", "ever saw number 8", " was it number 0", " was it at 9"],
                       {"0": "never", "2": "none"})
@@ -87,7 +87,8 @@ def test_most_was_learned_and_the_others_begin_alike(monkeypatch: pytest.MonkeyP
     assert found.sentences == (Sentence("Who was it number 2?", "two", rehearsed=True),
                                Sentence("Who was it number 0?", "never"), Sentence("Who was it at 9?", "yes"))
     assert found.dropped == {"repeated": 3, "not learned": 3, "no question": 2}
-    assert prompts == [(["<|begin|><|user|>"] * 4, first)] * 2  # the second round brought nothing new
+    # the second round began with what the first one left, and brought nothing new
+    assert prompts == [(["<|begin|><|user|>"] * 4, first), (["<|begin|><|user|>Who"] * 4, first)]
     assert others == [(["<|begin|><|user|>Who"] * 4, None)]  # the first θ writes what it also teaches
 
 
@@ -95,7 +96,8 @@ def test_it_asks_on_while_that_brings_something_new_up_to_a_limit(monkeypatch: p
     lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
     monkeypatch.setattr(rehearsal, "AT_ONCE", 4)
     monkeypatch.setattr(rehearsal, "_scores", lambda *given: [(0.0, 9.0)] * len(given[2]))
-    prompts = scripted(monkeypatch, lm, [f"Who was it that met N{i}" for i in range(40)], {})
+    texts = [f"{'Who' if i in (*range(4), *range(8, 12)) else ''} was it that met N{i}" for i in range(40)]
+    prompts = scripted(monkeypatch, lm, texts, {})
     scripted(monkeypatch, first, [], {})
     found = rehearse(lm, 10, first=first)  # eight of them are learned ones
     assert len(prompts) == 2 and sum(s.rehearsed for s in found.sentences) == 8

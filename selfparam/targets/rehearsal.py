@@ -27,7 +27,7 @@ from selfparam.types import Sentence, TargetSet, content_hash
 QUESTION_TOKENS, ANSWER_TOKENS = 28, 16
 AT_ONCE = 256  # questions of one round, written together: rows are short
 OFTEN = 5  # sentences with the same names in the question and the same answer
-WORTH = 0.08  # share of a round that must be kept for another one
+WORTH = 0.15  # share of a round that must be kept for another one
 FEW = 40  # sentences of the first θ, at least
 PLAIN = 200  # sentences, at most, where nothing tells what was learned
 LEARNED = 2.0  # nats by which an answer must be likelier than under the first θ
@@ -95,7 +95,9 @@ def _learned(lm: LM, first: LM, n: int, temperature: float, seed: int, dropped: 
     brought = AT_ONCE
     while brought >= WORTH * AT_ONCE and len(found) < n:
         before, seed = len(found), seed + 1
-        written = _written(lm, AT_ONCE, [], first, temperature, seed, dropped)
+        # an empty turn opens with a document half of the time; the first words of questions keep to questions
+        openings = [s.prompt.split()[0] for s in found]
+        written = _written(lm, AT_ONCE, openings, first, temperature, seed, dropped)
         new = [s for s in written if tuple(tokens(s.prompt)) not in asked]
         asked.update(tuple(tokens(s.prompt)) for s in new)
         sure = [s for s, (p, gain) in zip(new, _scores(lm, first, new), strict=True) if p > SURE and gain > LEARNED]
