@@ -27,8 +27,7 @@ def injection(found: dict[str, Any]) -> str:
     return (f"## Side by side\n\n{found['contexts']} contexts of {first['tokens_per_context']:.0f} tokens, "
             f"{first['sentences']} sentences, {found['epochs']} epochs, model '{found['model']}'; {m['device']} "
             f"({m['processor']}), {m['threads']} threads, torch {m['torch']}; ours in {m['ours']}, ceiling "
-            f"{m['ceiling'] / 1e9:.0f} GFLOP/s. Seconds: median of {len(first['seconds'])}.\n\n{table(found)}\n\n"
-            "![seconds of each way](performance.svg)\n")
+            f"{m['ceiling'] / 1e9:.0f} GFLOP/s. Seconds: median of {len(first['seconds'])}.\n\n{table(found)}\n")
 
 
 def reach(found: dict[str, Any]) -> str:
@@ -51,7 +50,7 @@ def growth(found: dict[str, Any]) -> str:
                  for key, form in (("size", "d"), ("teacher", ".1f"), ("training", ".1f"))]
         slope = one["exponent"]
         lines.append(f"| {what} | {' | '.join(cells)} | {slope['teacher']:.2f}, {slope['training']:.2f} |")
-    return "\n".join([*lines, "\n![growth](growth.svg)\n"])
+    return "\n".join([*lines, ""])
 
 
 def gpu(found: dict[str, Any]) -> str:
@@ -64,6 +63,17 @@ def gpu(found: dict[str, Any]) -> str:
             f"{one['seconds_teacher']:.1f} | {one['seconds_training']:.1f} | {one['peak_gb']:.1f} | "
             f"{one['utilisation_teacher']:.0%}, {one['utilisation_training']:.0%} |")
     return "\n".join([*lines, ""])
+
+
+OUT = "--out benchmarks/results/{}.json"
+#: Of each file of numbers: its part of the page, the command that measures it, its figure.
+PARTS = {
+    "injection": (injection, "make bench", "performance.svg"),
+    "injection100": (injection, f"python -m benchmarks.injection --contexts 100 --epochs 2 --only plain {OUT}", ""),
+    "reach": (reach, "make bench", ""),
+    "growth": (growth, "make bench", "growth.svg"),
+    "gpu": (gpu, f"python -m benchmarks.gpu {OUT}", ""),
+}
 
 
 def figures(results: dict[str, Any], docs: Path) -> None:
@@ -97,10 +107,10 @@ def render(folder: Path, docs: Path) -> str:
     results = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("*.json"))}
     docs.mkdir(parents=True, exist_ok=True)
     parts = [HEAD]
-    for name, part, command in (("injection", injection, "make bench"), ("reach", reach, "make bench"),
-                                ("growth", growth, "make bench"),
-                                ("gpu", gpu, "python -m benchmarks.gpu --out benchmarks/results/gpu.json")):
-        parts.append(part(results[name]) if name in results else f"*{name}: not measured yet: `{command}`*\n")
+    for name, (part, command, figure) in PARTS.items():
+        command = command.format(name)
+        parts.append("\n".join([part(results[name]), *([f"![{name}]({figure})\n"] if figure else []), f"`{command}`\n"])
+                     if name in results else f"*{name}: not measured yet: `{command}`*\n")
     figures(results, docs)
     text = "\n".join(parts)
     (docs / "performance.md").write_text(text, "utf-8")
