@@ -110,11 +110,14 @@ class LM:
             )
         return self
 
-    def save(self, folder: str | Path) -> None:
-        """Write a directory that AutoModelForCausalLM and AutoTokenizer load. Raises OutputError."""
+    def save(self, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write a directory that AutoModelForCausalLM and AutoTokenizer load. state: instead of the model's weights.
+
+        Raises OutputError.
+        """
         try:
             with quiet():
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(folder, state_dict=state)
                 self.tokenizer.save_pretrained(folder)
         except OSError as error:
             raise OutputError(

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
-from selfparam.errors import ModelError, OutputError
+from selfparam.errors import ModelError
 from selfparam.lm import LM
 
 
@@ -62,9 +62,4 @@ def save_sharded(lm: LM, folder: str | Path, accelerator: Accelerator) -> None:
         if accelerator.is_main_process:
             state[name] = whole.cpu()
     if accelerator.is_main_process:
-        try:
-            lm.model.save_pretrained(folder, state_dict=state)
-            lm.tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise OutputError(f"cannot write the model to '{folder}' ({error.strerror or error}): choose another "
-                              "folder") from error
+        lm.save(folder, state)
