@@ -1,6 +1,6 @@
 """Seconds to the same F1: the paper's recipe written plainly, and ours.
 
-    python -m benchmarks.reach --contexts 4 --out benchmarks/results/reach.json
+    python -m benchmarks.reach --contexts 2 --out benchmarks/results/reach.json
 
 The paper's recipe: LoRA r 8, alpha 32, dropout 0.1, AdamW at a constant rate, Eq. 2 to the letter on whole pairs, 50
 epochs (A.2), the teacher again in every epoch (ways.plain). Its rate is for 3-8B models and teaches a small one
@@ -83,7 +83,7 @@ def ratio(theirs: list[dict[str, float]], own: list[dict[str, float]]) -> float 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--contexts", type=int, default=4)
+    parser.add_argument("--contexts", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=PAPER.epochs)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--lr", type=float, default=2e-3, help="of the paper's recipe")

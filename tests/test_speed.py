@@ -114,8 +114,8 @@ def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     theirs, own = ([{"epochs": 5, "seconds": 10.0, "f1": 0.6}, {"epochs": 10, "seconds": 20.0, "f1": f1}]
                    for f1 in (0.5, 0.7))
     assert reach.ratio(theirs, own) == 0.5 and reach.ratio(own, theirs) is None
-    (results / "reach.json").write_text(json.dumps({"contexts": 2, "lr": 2e-3, "paper": theirs, "ours": own,
-                                                    "ratio": 0.5}))
+    (results / "reach.json").write_text(json.dumps({
+        "contexts": 2, "lr": 2e-3, "machine": machine, "paper": theirs, "ours": own, "ratio": 0.5}))
     text = render.render(results, docs)
     assert "| paper | 10 | 20.0 | 0.500 |" in text and "0.5 times sooner" in text
     assert "| plain | 30.0 | 15.00 | 4.0 | 3 | 3.3% |" in text and "| contexts | 10, 20 | 1.0, 2.0 |" in text
