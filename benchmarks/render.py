@@ -33,7 +33,7 @@ def injection(found: dict[str, Any]) -> str:
 def reach(found: dict[str, Any]) -> str:
     lines = [f"## To the same F1\n\n{found['contexts']} contexts, {found['machine']['threads']} threads; the paper's "
              f"recipe written plainly, with learning rate {found['lr']:g}, and `SMALL`, a run for each number of "
-             "epochs; the ratio counts the last of these. A few questions: F1 moves by a tenth from one point to the next.\n",
+             "epochs; the ratio counts the last of these. With few questions F1 moves by a tenth between points.\n",
              "| recipe | epochs | seconds | F1 |", "| --- | --- | --- | --- |"]
     for name in ("paper", "ours"):
         lines += [f"| {name} | {p['epochs']} | {p['seconds']:.1f} | {p['f1']:.3f} |" for p in found[name]]
