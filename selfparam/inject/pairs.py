@@ -18,6 +18,7 @@ from selfparam.types import Recipe, Sentence, TargetSet
 
 SHAPE = 64  # lines and scored tokens come in multiples: matrix products are prepared anew for every other shape
 
+
 @dataclass(frozen=True)
 class Row:
     """One target sentence as ids. `prefix` indexes the teacher prefixes; the student's prefix has no x.

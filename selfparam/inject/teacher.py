@@ -21,9 +21,8 @@ from selfparam.inject.pairs import Row, offsets
 from selfparam.inject.sharded import is_sharded
 from selfparam.lm import LM
 
-#: Tokens of sentences scored together on one prefix; more is no faster on a CPU, and takes more memory.
-SENTENCE_TOKENS = {"cpu": 2048}
-ELSEWHERE = 8192
+SENTENCE_TOKENS = 8192  # tokens of sentences scored together on one prefix
+CPU_SENTENCE_TOKENS = 2048  # more is no faster there, and takes more memory
 
 
 def head_of(lm: LM) -> Head:
@@ -78,7 +77,7 @@ def teacher_targets(
     together = is_sharded(lm.model)  # every process needs every forward pass
     divided = accelerator if accelerator and not kept.in_file and not together else None
     turn, turns = (divided.process_index, divided.num_processes) if divided else (0, 1)
-    done, limit = 0, SENTENCE_TOKENS.get(lm.device.type, ELSEWHERE)
+    done, limit = 0, CPU_SENTENCE_TOKENS if lm.device.type == "cpu" else SENTENCE_TOKENS
     for prefix, members in list(groups.items())[turn::turns]:
         waiting = sorted(members, key=lambda i: len(rows[i].s))
         while waiting:
