@@ -97,6 +97,8 @@ def figures(results: dict[str, Any], docs: Path) -> None:
         for axes, (what, one) in zip(each[0], found.items(), strict=True):
             for phase in ("teacher", "training"):
                 axes.loglog([p["size"] for p in one["points"]], [p[phase] for p in one["points"]], "o-", label=phase)
+            axes.minorticks_off()
+            axes.set_xticks([p["size"] for p in one["points"]], [str(p["size"]) for p in one["points"]])
             axes.set_xlabel({"length": "tokens of a context"}.get(what, what))
             axes.set_ylabel("seconds")
             axes.legend()
