@@ -45,12 +45,12 @@ def plain(lm: LM, sets: Sets, recipe: Recipe, look: Callable[[int, Any], None] |
     parameters = [p for p in model.parameters() if p.requires_grad]
     [optimizer] = make_optimizers(parameters, recipe)
     rng = random.Random(recipe.seed)
-    steps = len(epoch_steps(rows, recipe.batch_tokens, random.Random(0))) * recipe.epochs
+    steps = len(epoch_steps(rows, recipe, random.Random(0))) * recipe.epochs
     step, mean = 0, 0.0
     model.train()
     for epoch in range(1, recipe.epochs + 1):
         total = count = 0.0
-        for chosen in epoch_steps(rows, recipe.batch_tokens, rng):
+        for chosen in epoch_steps(rows, recipe, rng):
             part = [rows[i] for i in chosen]
             with torch.no_grad():
                 log_p = _padded(teacher, [[*prefixes[r.prefix], *r.s] for r in part], lm)
@@ -115,7 +115,7 @@ def trl(lm: LM, sets: Sets, recipe: Recipe) -> Done:
         "privileged_context": json.dumps([*prefixes[r.prefix], *r.s[: len(r.s) - r.scored]]),
         "completion": list(r.student[r.first :]),
     } for r in rows]
-    steps = len(epoch_steps(rows, recipe.batch_tokens, random.Random(0)))
+    steps = len(epoch_steps(rows, recipe, random.Random(0)))
     with TemporaryDirectory() as folder:
         config = SDFTConfig(
             output_dir=folder, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="epoch",

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -225,12 +226,12 @@ class LM:
         return backbone(use_cache=inputs.get("past_key_values") is not None, **inputs).last_hidden_state  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def prefix_cache(self, ids: Sequence[int], copies: int) -> Any:
-        """Keys and values of a prefix, run once, for `copies` rows: views of one copy, until something is added."""
+    def prefix_cache(self, ids: Sequence[int]) -> Any:
+        """Keys and values of a prefix, run once, for any rows, any number of times: what they add is not kept."""
         cache = DynamicCache(config=self.model.config)
         self.hidden(self.model, input_ids=torch.tensor([list(ids)], device=self.device), past_key_values=cache)
         for layer in cache.layers:
-            layer.keys, layer.values = (t.expand(copies, -1, -1, -1) for t in (layer.keys, layer.values))
+            layer.update = partial(_joined, (layer.keys, layer.values))
         return cache
 
     # --- generation ---------------------------------------------------------------------------------------------
@@ -348,6 +349,11 @@ class LM:
         rows = [[*self.prefix(x), *self.question(q)] for q, x in zip(questions, each, strict=True)]
         stop = None if self.is_chat else "\n"
         return [a.strip() for a in self.generate(rows, max_new_tokens=max_new_tokens, stop=stop, progress=progress)]
+
+
+def _joined(held: tuple[torch.Tensor, ...], *new: torch.Tensor, **_: object) -> tuple[torch.Tensor, ...]:
+    """A prefix's keys and values, for every row, with a row's own behind them: what a cache's layer is asked for."""
+    return tuple(torch.cat([h.expand(len(n), -1, -1, -1), n], -2) for h, n in zip(held, new, strict=False))
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:

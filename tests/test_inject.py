@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch.nn import functional as F
 from selfparam.errors import InjectionError
 from selfparam.inject import inject, objective
 from selfparam.inject.objective import Head, kl, kl_tokens, next_word
-from selfparam.inject.pairs import SHAPE, build_rows, epoch_steps, offsets, pack
+from selfparam.inject.pairs import SHAPE, STEPS, Row, build_rows, epoch_steps, offsets, pack
 from selfparam.inject.teacher import check_head, head_of, teacher_states
 from selfparam.inject.trainable import layer_linears, lora_targets
-from selfparam.types import PAPER, Context, Sentence, TargetSet
+from selfparam.lm import LM
+from selfparam.types import PAPER, Context, Recipe, Sentence, TargetSet
 from tests.tiny import KINDS, tiny_lm
 
 FAST = PAPER.but(lr=1e-2, epochs=12, lora_dropout=0.0, precision="fp32", batch_tokens=64)
@@ -93,8 +95,8 @@ def test_kl_is_zero_for_equal_states_and_chunks_agree(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chat", [False, True])
-def test_prefilled_equals_joined(kind: str, chat: bool) -> None:
-    """States on the shared cache of x are those of the joined row x + s, for every architecture."""
+def test_prefilled_equals_joined(kind: str, chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States on the shared cache of x are those of the joined row x + s, for every architecture, however often."""
     lm = tiny_lm(kind, chat=chat)
     check_head(lm)
     rows, prefixes = build_rows(lm, [a_set()], PAPER)
@@ -103,6 +105,12 @@ def test_prefilled_equals_joined(kind: str, chat: bool) -> None:
         ids = torch.tensor([[*prefixes[row.prefix], *row.s]])
         joined = lm.hidden(lm.model, input_ids=ids)[0, -row.scored - 1 : -1]
         assert torch.allclose(states[start : start + row.scored], joined, atol=2e-5), kind
+    # one sentence at a time; x is read once all the same
+    monkeypatch.setattr(import_module("selfparam.inject.teacher"), "CPU_SENTENCE_TOKENS", 1)
+    cached, read = LM.prefix_cache, []
+    monkeypatch.setattr(LM, "prefix_cache", lambda self, ids: read.append(ids) or cached(self, ids))
+    assert torch.allclose(teacher_states(lm, rows, prefixes), states, atol=2e-5), kind
+    assert len(read) == sum(len(ids) > 1 for ids in prefixes) < len(rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,9 +144,23 @@ def test_same_ids_on_both_sides_and_answers_only() -> None:
 def test_steps_use_every_row_once() -> None:
     lm = tiny_lm("llama")
     rows, _ = build_rows(lm, [a_set()], PAPER)
-    steps = epoch_steps(rows, 40, random.Random(1))
+    steps = epoch_steps(rows, PAPER.but(batch_tokens=40), random.Random(1))
     assert sorted(i for s in steps for i in s) == list(range(len(rows)))
     assert len(steps) > 1
+
+
+def test_long_epochs_take_larger_steps() -> None:
+    rows = [Row((1,) * 10, 1, 0, (1,), 1.0, related=True) for _ in range(400)]
+
+    def steps(recipe: Recipe, of: list[Row]) -> int:
+        return len(epoch_steps(of, recipe, random.Random(0)))
+
+    fixed = PAPER.but(batch_tokens=40)
+    growing = fixed.but(most_batch_tokens=500)
+    assert steps(fixed, rows) == 100 and steps(growing, rows) == STEPS
+    assert steps(growing, rows[:40]) == steps(fixed, rows[:40]) == 10  # a short epoch stays as it is
+    assert steps(fixed.but(most_batch_tokens=100), rows) == 40
+    assert steps(fixed.but(most_batch_tokens=20), rows) == 100
 
 
 # --- the whole ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from selfparam.targets.rehearsal import (
     rehearse,
     without_contradicted,
 )
-from selfparam.types import PAPER_SEQUENTIAL, SMALL, SMALL_SEQUENTIAL, Context, Sentence, TargetSet
+from selfparam.types import PAPER, PAPER_SEQUENTIAL, SMALL, SMALL_SEQUENTIAL, Context, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
 X = Context("The harbour of Tamberwick was built in 1904 by Philla Grunstone.")
@@ -176,7 +176,7 @@ def test_recipes() -> None:
 def test_an_epoch_draws_its_share_of_the_unrelated_rows_and_all_others() -> None:
     rows = [Row((1,) * (4 + i % 3), 1, 0, (1,), 1.0, related=i % 4 == 0) for i in range(40)]
     rng = random.Random(0)
-    epochs = [epoch_steps(rows, 40, rng, 0.5) for _ in range(6)]
+    epochs = [epoch_steps(rows, PAPER.but(batch_tokens=40, unrelated_share=0.5), rng) for _ in range(6)]
     for steps in epochs:
         chosen = [i for step in steps for i in step]
         assert len(set(chosen)) == len(chosen) == 10 + 15

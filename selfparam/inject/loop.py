@@ -180,12 +180,12 @@ def train(
     rng, student = random.Random(recipe.seed), _Student(lm, model, rows, targets, accelerator)
     learned, held_out = divided(rows, recipe)
     in_epoch = [rows[i] for i in learned]
-    per_epoch = len(epoch_steps(in_epoch, recipe.batch_tokens, random.Random(0), recipe.unrelated_share))
+    per_epoch = len(epoch_steps(in_epoch, recipe, random.Random(0)))
     at = checkpoints.begin(parameters, optimizers, rng) if checkpoints else Position()
     model.train()
     for epoch in range(at.epoch, recipe.epochs):
         at.begin_epoch(epoch, rng)
-        for places in epoch_steps(in_epoch, recipe.batch_tokens, rng, recipe.unrelated_share)[at.place :]:
+        for places in epoch_steps(in_epoch, recipe, rng)[at.place :]:
             chosen = [learned[i] for i in places]
             value, weight = student.learn(chosen)
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)

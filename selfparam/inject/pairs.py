@@ -17,6 +17,7 @@ from selfparam.lm import LM
 from selfparam.types import Recipe, Sentence, TargetSet
 
 SHAPE = 64  # lines and scored tokens come in multiples: matrix products are prepared anew for every other shape
+STEPS = 16  # of an epoch: with more, steps become larger instead, up to the recipe's `most_batch_tokens`
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,14 @@ def lay(rows: Sequence[Row], lines: Sequence[Sequence[int]], starts: Sequence[in
     return Pack(ids, positions, torch.tensor(index), torch.tensor(source), torch.tensor(weight + [0.0] * more))
 
 
-def epoch_steps(rows: Sequence[Row], batch_tokens: int, rng: random.Random, unrelated: float = 1.0) -> list[list[int]]:
-    """Rows in random order, cut into steps of about `batch_tokens` student tokens (equal shares).
+def epoch_steps(rows: Sequence[Row], recipe: Recipe, rng: random.Random) -> list[list[int]]:
+    """Rows in random order, cut into steps of equal shares: about `batch_tokens` student tokens, or more (STEPS).
 
-    unrelated: share of the unrelated rows that are drawn; all the others are always there.
+    `unrelated_share` of the unrelated rows is drawn; all the others are always there.
     """
-    order = list(range(len(rows)))
-    steps_of_epoch = max(1, round(sum(len(r.student) * (1 if r.related else unrelated) for r in rows) / batch_tokens))
+    order, unrelated = list(range(len(rows))), recipe.unrelated_share
+    tokens = sum(len(r.student) * (1 if r.related else unrelated) for r in rows)
+    steps_of_epoch = max(1, round(tokens / max(recipe.batch_tokens, min(recipe.most_batch_tokens, tokens / STEPS))))
     if unrelated < 1:
         others = [i for i in order if not rows[i].related]
         drawn = set(rng.sample(others, round(unrelated * len(others))))

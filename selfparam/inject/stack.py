@@ -92,7 +92,7 @@ class _Pupil:
             self.at.end_epoch()
 
     def _epoch(self, rng: random.Random) -> list[list[int]]:
-        return epoch_steps(self.rows, self.recipe.batch_tokens, rng, self.recipe.unrelated_share)
+        return epoch_steps(self.rows, self.recipe, rng)
 
     def did(self, chosen: Sequence[int], loss: float) -> None:
         """Count a step."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -56,6 +57,7 @@ def teacher_targets(
     Raises OutputError where `kept` cannot write.
     """
     starts, head = offsets(rows), head_of(lm)
+    read: dict[int, Any] = {}  # the prefix that is read now
     dtype = torch.bfloat16 if torch.is_autocast_enabled(lm.device.type) else lm.model.dtype
 
     def fields(states: torch.Tensor) -> Tensors:
@@ -66,7 +68,12 @@ def teacher_targets(
 
     def score(prefix: int, part: Sequence[int]) -> None:
         reader = own if own and rows[part[0]].rehearsed else lm
-        states = _on_prefix(reader, list(prefixes[prefix]), [rows[i].s for i in part])
+        # bf16 products prepare and keep a kernel for every new shape on a CPU, and each context has shapes of its own
+        with torch.autocast("cpu", enabled=False):
+            if prefix not in read:
+                read.clear()
+                read[prefix] = reader.prefix_cache(prefixes[prefix][:-1]) if len(prefixes[prefix]) > 1 else None
+            states = _on_prefix(reader, prefixes[prefix], read[prefix], [rows[i].s for i in part])
         for state, i in zip(states, part, strict=True):
             kept.put(starts[i], fields(state[len(rows[i].s) - rows[i].scored : len(rows[i].s)]))
 
@@ -119,7 +126,7 @@ def _cost(row: Row, prefix: int) -> int:
     return len(row.s) + prefix // 4
 
 
-def _on_prefix(lm: LM, prefix: list[int], sentences: list[tuple[int, ...]]) -> torch.Tensor:
+def _on_prefix(lm: LM, prefix: Sequence[int], cache: Any, sentences: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """States [B, T, d]: place t predicts token t of the sentence (place 0 is the prefix's last token)."""
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     width = max(len(s) for s in sentences)
@@ -129,7 +136,6 @@ def _on_prefix(lm: LM, prefix: list[int], sentences: list[tuple[int, ...]]) -> t
     for i, s in enumerate(sentences):
         rows[i, 1 : len(s)] = torch.tensor(s[:-1], dtype=torch.long)
     rows = rows.to(lm.device)
-    cache = lm.prefix_cache(prefix[:-1], len(sentences)) if len(prefix) > 1 else None
     positions = torch.arange(len(prefix) - 1, len(prefix) - 1 + width, device=lm.device)[None].expand(
         len(sentences), -1
     )
