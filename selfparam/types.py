@@ -88,7 +88,7 @@ class Recipe:
     unrelated_weight   factor on the loss of unrelated sentences
     unrelated_share    share of the unrelated sentences that one epoch trains on, drawn anew for every epoch
     batch_tokens       student tokens in one optimiser step (rows are packed whole)
-    most_batch_tokens  an epoch of more than 16 steps takes larger ones instead, up to so many tokens; 0: it does not
+    most_batch_tokens  an epoch of more than 32 steps takes larger ones instead, up to so many tokens; 0: it does not
     rehearsal          at most so many sentences from memory, in an injection after others (targets/rehearsal.py)
     rehearsal_temperature   of their questions; answers are the most likely ones
     top_k              what is kept of the teacher: 0 its last hidden states (the exact KL over the vocabulary); k the

@@ -17,7 +17,7 @@ from selfparam.lm import LM
 from selfparam.types import Recipe, Sentence, TargetSet
 
 SHAPE = 64  # lines and scored tokens come in multiples: matrix products are prepared anew for every other shape
-STEPS = 16  # of an epoch: with more, steps become larger instead, up to the recipe's `most_batch_tokens`
+STEPS = 32  # of an epoch: with more, steps become larger instead, up to the recipe's `most_batch_tokens`
 
 
 @dataclass(frozen=True)

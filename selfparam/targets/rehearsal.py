@@ -27,7 +27,7 @@ from selfparam.types import Sentence, TargetSet, content_hash
 QUESTION_TOKENS, ANSWER_TOKENS = 28, 16
 AT_ONCE = 256  # questions of one round, written together: rows are short
 OFTEN = 5  # sentences with the same names in the question and the same answer
-WORTH = 0.15  # share of a round that must be kept for another one
+WORTH = 0.1  # share of a round that must be kept for another one
 FEW = 40  # sentences of the first θ, at least
 PLAIN = 200  # sentences, at most, where nothing tells what was learned
 LEARNED = 2.0  # nats by which an answer must be likelier than under the first θ
@@ -87,22 +87,24 @@ def rehearse(lm: LM, n: int, *, first: LM | None = None, temperature: float = 1.
 def _learned(lm: LM, first: LM, n: int, temperature: float, seed: int, dropped: Counter[str]) -> list[Sentence]:
     """Sure answers that `first` would not give, some of each, to questions of several rounds.
 
-    Ends with the round that brings too few, or that reaches n.
+    Ends with the round that brings too few (not the first, which has no openings yet), or that reaches n.
     """
     found: list[Sentence] = []
     asked: set[tuple[str, ...]] = set()
     told: Counter[tuple[object, ...]] = Counter()
-    brought = AT_ONCE
-    while brought >= WORTH * AT_ONCE and len(found) < n:
+    opened: set[str] = set()  # first words: what is no name in "Tell me: When was Farwin built?"
+    begun, brought = seed, AT_ONCE
+    while (brought >= WORTH * AT_ONCE or seed == begun + 1) and len(found) < n:
         before, seed = len(found), seed + 1
         # an empty turn opens with a document half of the time; the first words of questions keep to questions
         openings = [s.prompt.split()[0] for s in found]
         written = _written(lm, AT_ONCE, openings, first, temperature, seed, dropped)
         new = [s for s in written if tuple(tokens(s.prompt)) not in asked]
         asked.update(tuple(tokens(s.prompt)) for s in new)
+        opened.update(s.prompt.split()[0] for s in new)
         sure = [s for s, (p, gain) in zip(new, _scores(lm, first, new), strict=True) if p > SURE and gain > LEARNED]
         for one in sure:
-            names = frozenset(w for w in _WORD.findall(one.prompt)[1:] if w[0].isupper())
+            names = frozenset(w for w in _WORD.findall(one.prompt)[1:] if w[0].isupper()) - opened
             fact = (names, *tokens(one.completion))
             told[fact] += 1
             if told[fact] <= OFTEN:
