@@ -104,15 +104,24 @@ def test_it_asks_on_while_that_brings_something_new_up_to_a_limit(monkeypatch: p
     assert len(rehearse(lm, 20, first=first).sentences) == 16 and len(prompts) == 6
 
 
+def test_a_first_round_without_a_question_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
+    monkeypatch.setattr(rehearsal, "AT_ONCE", 4)
+    monkeypatch.setattr(rehearsal, "_scores", lambda *given: [(0.0, 9.0)] * len(given[2]))
+    prompts = scripted(monkeypatch, lm, ["Once"] * 4 + [f"Who was it that met N{i}" for i in range(4)], {})
+    scripted(monkeypatch, first, [], {})
+    assert len(rehearse(lm, 5, first=first).sentences) == 4 and len(prompts) == 2
+
+
 def test_no_fact_crowds_out_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, first = tiny_lm(chat=True), tiny_lm(chat=True)
     monkeypatch.setattr(rehearsal, "_scores", lambda *given: [(0.0, 9.0)] * len(given[2]))
-    texts = [f"Who {i} built Ardeara" for i in range(9)]
+    texts = [f"{'Tell me: Who' if i % 2 else 'Who'} {i} built Ardeara" for i in range(9)]
     texts += ["When was Ardeara built", "Who built Varo"]
     scripted(monkeypatch, lm, texts, {"When": "1904"})
     scripted(monkeypatch, first, [], {})
     found = rehearse(lm, 400, first=first)
-    assert len([s for s in found.sentences if s.prompt.startswith("Who")]) == rehearsal.OFTEN + 1
+    assert len([s for s in found.sentences if "built Ardeara" in s.prompt and s.completion == "yes"]) == rehearsal.OFTEN
     assert [s.prompt for s in found.sentences[-2:]] == ["When was Ardeara built?", "Who built Varo?"]
     assert found.dropped["not needed"] == 9 - rehearsal.OFTEN
 
