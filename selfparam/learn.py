@@ -23,6 +23,7 @@ from selfparam import steps
 from selfparam.errors import OutputError, RefusedError, SelfParamError, StoppedError, StoreError
 from selfparam.inject import MERGE_TOLERANCE
 from selfparam.inject.checkpoint import Checkpoints
+from selfparam.inject.curvature import Curvature
 from selfparam.job import Job
 from selfparam.lm import LM
 from selfparam.metrics.drift import drift, reference
@@ -38,6 +39,7 @@ from selfparam.targets.unrelated import packaged
 from selfparam.types import Context, Question, Sentence, TargetSet, content_hash
 
 KEPT_PROBES = 50  # questions about earlier contexts that are asked at most, where a store keeps texts
+_CURVATURE = "curvature/moments.safetensors"
 _CHECKED = 8  # sentences on which written weights are compared with those in memory
 _PACKAGED = [Sentence("", text) for text in packaged("held-out")[:_CHECKED]]
 
@@ -54,12 +56,16 @@ def begin_store(path: str, lm: LM, *, limits: Limits, keep_texts: bool) -> Snaps
         return store.commit(room, record, parent=None, by="init")
 
 
-def _save(lm: LM, folder: Path, probe: Sequence[Sentence], adapter: Any = None) -> None:
+def _save(lm: LM, folder: Path, probe: Sequence[Sentence], adapter: Any = None, curvature: Curvature | None = None
+          ) -> None:
     """The model's files, loaded again and compared. Raises OutputError, VerificationError."""
     try:
         lm.save(folder)
         if adapter:
             write_adapter(folder / "adapter", *adapter)
+        if curvature:
+            (folder / _CURVATURE).parent.mkdir()
+            curvature.save(folder / _CURVATURE)
         verify_reload(folder, lm, probe)
     except (SelfParamError, OSError):
         raise
@@ -74,6 +80,11 @@ def load_snapshot(store: Store, snapshot: Snapshot, journal: Journal, device: st
     lm = steps.load(str(model_folder(store, snapshot)), journal, dtype=str(base["dtype"]), device=device, offline=True)
     lm.name, lm.revision = str(base["name"]), snapshot.id
     return lm
+
+
+def kept_curvature(store: Store, snapshot: Snapshot) -> Curvature | None:
+    """Of all injections up to the snapshot; None where one of them measured none. Raises StoreError, ModelError."""
+    return Curvature.load(store.sound(snapshot, _CURVATURE)) if _CURVATURE in snapshot.files else None
 
 
 # --- before the training --------------------------------------------------------------------------------------------
@@ -112,11 +123,11 @@ def kept_probes(store: Store, parent: Snapshot) -> tuple[Question, ...]:
 # --- one injection --------------------------------------------------------------------------------------------------
 
 
-def into_store(store: Store, job: Job, lm: LM, journal: Journal, checkpoints: Checkpoints, first: LM | None = None
-               ) -> Snapshot:
+def into_store(store: Store, job: Job, lm: LM, journal: Journal, checkpoints: Checkpoints, first: LM | None = None,
+               curvature: Curvature | None = None) -> Snapshot:
     """Train, measure, commit: the snapshot, which is the head now unless the guard refused it.
 
-    lm becomes θ'. first: as steps.run has it. A job that was committed before a crash is not done again.
+    lm becomes θ'. first, curvature: as steps.run has them. A job that was committed before a crash is not done again.
     """
     if done := _committed(store, job):
         return done
@@ -129,7 +140,7 @@ def into_store(store: Store, job: Job, lm: LM, journal: Journal, checkpoints: Ch
     parent = store.snapshot(job.parent)
     exams = _exams(job)
     injection, moved = steps.run(lm, job.sets, job.recipe, exams, journal, job.recipe.train == "lora", checkpoints,
-                                 first)
+                                 first, curvature)
     asked = _asked(exams)
     measured = _measured(store, parent, job, injection, moved, exams, asked)
     wrong = faults(measured, store.limits)
@@ -145,7 +156,7 @@ def into_store(store: Store, job: Job, lm: LM, journal: Journal, checkpoints: Ch
     }
     probe = [s for one in job.sets for s in (*one.related, *one.unrelated)][:_CHECKED]
     with journal.step("writing the snapshot"), store.room() as room:
-        _save(lm, room, probe if measured.weights_finite else [], injection.adapter)
+        _save(lm, room, probe if measured.weights_finite else [], injection.adapter, injection.curvature)
         if store.keep_texts:
             _write_texts(room / "texts", job, exams)
         return store.commit(room, record, parent=parent.id, by="inject")

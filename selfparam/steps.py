@@ -24,6 +24,7 @@ from selfparam.data.files import json_lines
 from selfparam.errors import ModelError, TargetError
 from selfparam.inject import Injection, inject, precision
 from selfparam.inject.checkpoint import Checkpoints
+from selfparam.inject.curvature import Curvature
 from selfparam.lm import LM
 from selfparam.metrics.drift import drift, reference
 from selfparam.metrics.qa_f1 import mean_f1, qa_f1, tokens
@@ -46,6 +47,7 @@ from selfparam.types import (
     FAST,
     PAPER,
     SMALL,
+    SMALL_REHEARSAL,
     SMALL_SEQUENTIAL,
     Context,
     Question,
@@ -78,10 +80,11 @@ def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "aut
 def choose_recipe(lm: LM, name: str, *, sequence: bool = False, follows: bool = False, **changes: Any) -> Recipe:
     """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out.
 
-    sequence: injections go on one upon another. follows: something was injected before, which a small model rehearses;
-    nothing is rehearsed without it.
+    sequence: injections go on one upon another, and the curvature of those so far is at hand. follows: something was
+    injected before, which a small model rehearses where it is not; nothing is rehearsed without it.
     """
-    small = SMALL_SEQUENTIAL if sequence or follows else SMALL
+    held = sequence and changes.get("retention") != 0
+    small = SMALL_SEQUENTIAL if held else SMALL_REHEARSAL if follows else SMALL
     auto = small if lm.parameters < FEW_PARAMETERS else PAPER
     chosen = {"paper": PAPER, "fast": FAST, "small": small, "auto": auto}[name].but(
         **{key: value for key, value in changes.items() if value is not None})
@@ -306,11 +309,11 @@ def without_questions(sets: Sequence[TargetSet], questions: Sequence[Question],
 
 
 def run(lm: LM, sets: Sequence[TargetSet], recipe: Recipe, exams: Sequence[Exam], journal: Journal,
-        adapter: bool = False, checkpoints: Checkpoints | None = None, first: LM | None = None
-        ) -> tuple[Injection, float]:
+        adapter: bool = False, checkpoints: Checkpoints | None = None, first: LM | None = None,
+        curvature: Curvature | None = None) -> tuple[Injection, float]:
     """Ask, inject in place (lm becomes θ'), ask again; answers go into the exams. Returns the injection and drift.
 
-    first: θ before all injections, where it teaches all but what is rehearsed.
+    first: θ before all injections, where it teaches all but what is rehearsed. curvature: of the injections before.
     """
     for exam in exams:
         exam.before = _ask(lm, exam, "asking without the documents", journal)
@@ -328,8 +331,8 @@ def run(lm: LM, sets: Sequence[TargetSet], recipe: Recipe, exams: Sequence[Exam]
             bar(epoch, epochs)
             bar.says(f"training (loss {loss:.3f})")
 
-        done = inject(lm, sets, recipe, teacher=first, progress=on_epoch, teacher_progress=on_teacher, in_place=True,
-                      keep_adapter=adapter, checkpoints=checkpoints)
+        done = inject(lm, sets, recipe, teacher=first, curvature=curvature, progress=on_epoch,
+                      teacher_progress=on_teacher, in_place=True, keep_adapter=adapter, checkpoints=checkpoints)
     with journal.step("measuring drift"):
         moved = drift(before, done.lm)
     for exam in exams:

@@ -89,6 +89,8 @@ class Recipe:
     unrelated_share    share of the unrelated sentences that one epoch trains on, drawn anew for every epoch
     batch_tokens       student tokens in one optimiser step (rows are packed whole)
     most_batch_tokens  an epoch of more than 32 steps takes larger ones instead, up to so many tokens; 0: it does not
+    retention          how strongly the last hidden states of earlier injections' sentences are held where they were, in
+                       an injection after others (inject/curvature.py); 0: they are not
     rehearsal          at most so many sentences from memory, in an injection after others (targets/rehearsal.py)
     rehearsal_temperature   of their questions; answers are the most likely ones
     top_k              what is kept of the teacher: 0 its last hidden states (the exact KL over the vocabulary); k the
@@ -116,6 +118,7 @@ class Recipe:
     loss_on: Literal["pair", "answer"] = "pair"
     unrelated_weight: float = 1.0
     unrelated_share: float = 1.0
+    retention: float = 0.0
     rehearsal: int = 0
     rehearsal_temperature: float = 1.0
     top_k: int = 0
@@ -156,6 +159,8 @@ SMALL = Recipe(
     teacher_sees_x=False,
     loss_on="answer",
 )
-#: For one injection after another into such a model: what it writes from memory holds what it has learned. All tokens
+#: For one injection after another into such a model: what was learned before is held (inject/curvature.py).
+SMALL_SEQUENTIAL = SMALL.but(retention=0.1, unrelated_share=0.5)
+#: The same where only the weights are at hand: what the model writes from memory holds what it has learned. All tokens
 #: of a pair are trained, questions too: a model rehearses only what it would ask by itself.
-SMALL_SEQUENTIAL = SMALL.but(rehearsal=500, loss_on="pair", unrelated_share=0.5)
+SMALL_REHEARSAL = SMALL.but(rehearsal=500, loss_on="pair", unrelated_share=0.5)

@@ -75,6 +75,7 @@ def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
     assert code == 0, err
     said = json.loads(out)
     assert any("sentences from memory" in note for note in said["notes"]) and said["recipe"]["rehearsal"] == 1
+    assert said["recipe"]["retention"] > 0 and "curvature/moments.safetensors" in store.snapshot(said["snapshot"]).files
     assert said["snapshot"] == store.head and said["guard"]["measured"]["probes"] == 1
     assert said["guard"]["measured"]["decay"] is not None  # the hash of the question is known from the day before
     assert [x["source"] for x in said["contexts"]] == ["boat.txt"]
@@ -120,15 +121,37 @@ def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
     assert weights[1].read_bytes() == before_gc
 
 
-def test_a_stopped_rehearsal_goes_on_with_the_first_teacher(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_curvature_rehearses(run: Run) -> None:
+    store = make(run)
+    assert learn(run, "lamp", "--retention", "0")[0] == 0
+    code, out, err = learn(run, "boat", "--rehearsal", "1", "--json")
+    assert code == 0 and json.loads(out)["recipe"]["retention"] == 0, err
+    assert not any(name.startswith("curvature") for one in store.lineage() for name in one.files)
+    assert steps.choose_recipe(LM.load("tiny"), "auto", follows=True).rehearsal > 0
+
+
+def test_altered_curvature_is_said(run: Run) -> None:
+    store = make(run)
+    assert learn(run, "lamp")[0] == 0
+    path = store.object(store.find().files["curvature/moments.safetensors"][0])
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, _, err = learn(run, "boat")
+    assert code == 2 and "was altered" in err and "Traceback" not in err
+    assert run("verify", "st")[0] == 2
+
+
+def test_a_stopped_injection_goes_on_with_the_first_teacher_and_the_curvature(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     make(run)
     assert learn(run, "lamp")[0] == 0
     shutil.copytree("st", "whole", symlinks=True)
     teachers: list[LM | None] = []
+    held: list[Any] = []
     inject = steps.inject
 
     def seen(*given: Any, **options: Any) -> Any:
         teachers.append(options["teacher"])
+        held.append(options["curvature"])
         if stops:
             raise StoppedError("stopped")
         return inject(*given, **options)
@@ -144,7 +167,7 @@ def test_a_stopped_rehearsal_goes_on_with_the_first_teacher(run: Run, monkeypatc
         assert teacher and all(torch.equal(base[name], w) for name, w in teacher.model.state_dict().items())
     weights = [one.snapshot(one.head).files["model.safetensors"][0]
                for one in (Store.open("st"), Store.open("whole")) if one.head]
-    assert len(teachers) == 3 and len(weights) == 2 and weights[0] == weights[1]
+    assert all(held) and len(teachers) == 3 and len(weights) == 2 and weights[0] == weights[1]
 
 
 def test_the_model_before_all_injections_writes_the_pairs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from selfparam.targets.rehearsal import (
     rehearse,
     without_contradicted,
 )
-from selfparam.types import PAPER, PAPER_SEQUENTIAL, SMALL, SMALL_SEQUENTIAL, Context, Sentence, TargetSet
+from selfparam.types import PAPER, PAPER_SEQUENTIAL, SMALL, SMALL_REHEARSAL, Context, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
 X = Context("The harbour of Tamberwick was built in 1904 by Philla Grunstone.")
@@ -179,7 +179,7 @@ def test_a_real_model_repeats_with_the_seed(chat: bool) -> None:
 
 
 def test_recipes() -> None:
-    assert PAPER_SEQUENTIAL.rehearsal == 0 and SMALL.rehearsal == 0 < SMALL_SEQUENTIAL.rehearsal
+    assert PAPER_SEQUENTIAL.rehearsal == 0 and SMALL.rehearsal == 0 < SMALL_REHEARSAL.rehearsal
 
 
 def test_an_epoch_draws_its_share_of_the_unrelated_rows_and_all_others() -> None:

@@ -35,7 +35,7 @@ from selfparam.report import (
 )
 from selfparam.store import check_out, history_of, read_record, unfinished_beside
 from selfparam.store.snapshots import Store, is_store
-from selfparam.types import SMALL_SEQUENTIAL, Context, Objective, Train
+from selfparam.types import SMALL_REHEARSAL, SMALL_SEQUENTIAL, Context, Objective, Train
 
 #: Before the libraries are imported: no log lines, no bars of their own, no threads that forking would break.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -151,9 +151,13 @@ def inject(
     lr: Annotated[float | None, typer.Option(min=0.0, help="Learning rate, instead of the recipe's.")] = None,
     objective: Annotated[Objective | None, typer.Option(
         help="kl: SELF-PARAM; next-word: plain fine-tuning on the same sentences.")] = None,
+    retention: Annotated[float | None, typer.Option(
+        min=0.0, help="Stores: how strongly what was injected before is held; 0: not at all. Not given: "
+                      f"{SMALL_SEQUENTIAL.retention:g} for small models, else 0.",
+        show_default=False)] = None,
     rehearsal: Annotated[int | None, typer.Option(
         min=0, help="At most so many sentences that the model writes from memory, where something was injected "
-                    f"before; not given: {SMALL_SEQUENTIAL.rehearsal} for small models, else none.",
+                    f"before; not given: {SMALL_REHEARSAL.rehearsal} for small models without retention, else none.",
         show_default=False)] = None,
     questions: Annotated[str | None, typer.Option(help=_QUESTIONS_HELP)] = None,
     adapter: Annotated[bool, typer.Option(
@@ -217,21 +221,21 @@ def inject(
 
         if resume:
             job = injecting.read_job(place)
-            lm, first = injecting.load(job, store, history, journal)
+            start = injecting.load(job, store, history, journal)
         else:
             injecting.drop_job(place)
             contexts = _read(files, field, journal)
-            job, lm, first = injecting.prepare(
+            job, start = injecting.prepare(
                 injecting.Wishes(
                     model=model, targets=targets, pairs=pairs, author=author, endpoint=endpoint,
                     endpoint_model=author_model, prompt=prompt, unrelated=unrelated, ratio=ratio, recipe=recipe,
                     changes={"train": train, "epochs": epochs, "lr": lr, "objective": objective, "seed": seed,
-                             "rehearsal": rehearsal},
+                             "retention": retention, "rehearsal": rehearsal},
                     questions=questions, probes=probes, adapter=adapter, offline=offline, dtype=dtype, device=device,
                     force=force, history=history,
                 ), contexts, store, out, journal)
             injecting.save_job(place, job)
-        injecting.finish(job, lm, first, store, out, place, journal, machine, command=f"{command} --resume",
+        injecting.finish(job, start, store, out, place, journal, machine, command=f"{command} --resume",
                          every=checkpoint_every, history=history)
 
 

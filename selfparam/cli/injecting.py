@@ -18,12 +18,13 @@ from selfparam import learn, steps
 from selfparam.disk import reason
 from selfparam.errors import OutputError, RefusedError, StoppedError
 from selfparam.inject.checkpoint import Checkpoints
+from selfparam.inject.curvature import Curvature
 from selfparam.job import Job, drop_job, read_job, save_job
 from selfparam.lm import LM
 from selfparam.report import Journal, drift_line, guard_table, output, plain, scores_table
 from selfparam.store import check_out, write_model
 from selfparam.store.snapshots import Snapshot, Store
-from selfparam.types import Context
+from selfparam.types import Context, Recipe
 
 __all__ = ["Wishes", "drop_job", "finish", "load", "prepare", "read_job", "save_job"]
 
@@ -58,10 +59,21 @@ class Wishes:
     history: list[dict[str, Any]]
 
 
+@dataclass
+class Start:
+    """What an injection begins with: the model, and what is at hand of earlier injections where the recipe needs it.
+
+    first: θ before all of them. curvature: of all of them.
+    """
+
+    lm: LM
+    first: LM | None = None
+    curvature: Curvature | None = None
+
+
 def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out: str | None, journal: Journal
-            ) -> tuple[Job, LM, LM | None]:
-    """Everything up to the training: what is to be done, the model, and θ before all injections where rehearsal needs
-    it. Writes nothing."""
+            ) -> tuple[Job, Start]:
+    """Everything up to the training: what is to be done, and what with. Writes nothing."""
     seed = wish.changes["seed"]
     sets = steps.own_sets(wish.targets, contexts) if wish.targets else []
     known = list(contexts) or [one.context for one in sets]
@@ -80,8 +92,11 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         check_out(str(out), needed=steps.weight_bytes(lm))
         surprise = None
     follows = bool(wish.history or (parent and parent.parent))
-    recipe = steps.choose_recipe(lm, wish.recipe, sequence=store is not None, follows=follows, **wish.changes)
-    first = _first(store, parent, wish.history, journal, wish.device) if recipe.rehearsal else None
+    curvature = learn.kept_curvature(store, parent) if store and parent else None
+    recipe = steps.choose_recipe(lm, wish.recipe, sequence=store is not None and (not follows or curvature is not None),
+                                 follows=follows, **wish.changes)
+    start = _start(lm, recipe, store, parent, wish.history, journal, wish.device)
+    first = start.first
     sets = sets or steps.written_sets(  # by θ before all injections: who has learned much writes worse
         first or lm, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
         offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,
@@ -97,36 +112,35 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         surprise=surprise, adapter=wish.adapter, force=wish.force, dtype=wish.dtype, device=wish.device,
         offline=wish.offline,
     )
-    return job, lm, first
+    return job, start
 
 
-def _first(store: Store | None, parent: Snapshot | None, history: list[dict[str, Any]], journal: Journal, device: str
-           ) -> LM | None:
-    """θ before all injections, where it is at hand."""
-    if store and parent:
-        return learn.load_snapshot(store, store.lineage(parent.id)[0], journal, device)
-    return steps.first_of(history, journal, device=device)
+def _start(lm: LM, recipe: Recipe, store: Store | None, parent: Snapshot | None, history: list[dict[str, Any]],
+           journal: Journal, device: str) -> Start:
+    if store and parent and parent.parent and (recipe.rehearsal or recipe.retention):
+        return Start(lm, learn.load_snapshot(store, store.lineage(parent.id)[0], journal, device),
+                     learn.kept_curvature(store, parent) if recipe.retention else None)
+    return Start(lm, steps.first_of(history, journal, device=device) if history and recipe.rehearsal else None)
 
 
-def load(job: Job, store: Store | None, history: list[dict[str, Any]], journal: Journal) -> tuple[LM, LM | None]:
-    """The model that an interrupted job started from, and θ before all injections where `prepare` had it."""
+def load(job: Job, store: Store | None, history: list[dict[str, Any]], journal: Journal) -> Start:
+    """What an interrupted job started with."""
     parent = store.snapshot(job.parent) if store else None
-    first = _first(store, parent, history, journal, job.device) if job.recipe.rehearsal else None
-    if store and parent:
-        return learn.load_snapshot(store, parent, journal, job.device), first
-    return steps.load(job.model, journal, dtype=job.dtype, device=job.device, offline=job.offline), first
+    lm = (learn.load_snapshot(store, parent, journal, job.device) if store and parent else
+          steps.load(job.model, journal, dtype=job.dtype, device=job.device, offline=job.offline))
+    return _start(lm, job.recipe, store, parent, history, journal, job.device)
 
 
-def finish(job: Job, lm: LM, first: LM | None, store: Store | None, out: str | None, place: Path, journal: Journal,
-           machine: bool, *, command: str, every: float, history: list[dict[str, Any]]) -> None:
+def finish(job: Job, start: Start, store: Store | None, out: str | None, place: Path, journal: Journal, machine: bool,
+           *, command: str, every: float, history: list[dict[str, Any]]) -> None:
     """Train and write. The job stays on disk where it can be continued; any other end removes it."""
     checkpoints = Checkpoints(place, every=every, advice=command, note=journal.note)
     try:
         with learn.stoppable(checkpoints):
             if store:
-                snapshot = learn.into_store(store, job, lm, journal, checkpoints, first)
+                snapshot = learn.into_store(store, job, start.lm, journal, checkpoints, start.first, start.curvature)
             else:
-                said = _into_directory(job, lm, first, str(out), journal, checkpoints, history)
+                said = _into_directory(job, start, str(out), journal, checkpoints, history)
     except StoppedError:
         raise
     except (OutputError, OSError) as error:
@@ -149,12 +163,12 @@ def finish(job: Job, lm: LM, first: LM | None, store: Store | None, out: str | N
                       f'ask it:  selfparam ask {plain(str(out))} "…"', sep="\n", soft_wrap=True)
 
 
-def _into_directory(job: Job, lm: LM, first: LM | None, out: str, journal: Journal, checkpoints: Checkpoints,
+def _into_directory(job: Job, start: Start, out: str, journal: Journal, checkpoints: Checkpoints,
                     history: list[dict[str, Any]]) -> dict[str, Any]:
-    base, exams = steps.base_of(lm), [steps.training_exam(job.sets)]
+    base, exams = steps.base_of(start.lm), [steps.training_exam(job.sets)]
     if job.held_out:
         exams.append(steps.exam_of(f"held-out: {job.held_out[0]}", job.held_out[1], job.sets))
-    done, drift = steps.run(lm, job.sets, job.recipe, exams, journal, job.adapter, checkpoints, first)
+    done, drift = steps.run(start.lm, job.sets, job.recipe, exams, journal, job.adapter, checkpoints, start.first)
     record = steps.record_of(base, job.sets, job.recipe, done, drift, exams, history)
     probe = [s for one in job.sets for s in (*one.related, *one.unrelated)][:_PROBES]
     with journal.step("writing the model") as bar:

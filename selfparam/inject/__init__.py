@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from selfparam.errors import InjectionError, VerificationError
 from selfparam.inject.checkpoint import Checkpoints
+from selfparam.inject.curvature import Curvature, Held, measure
 from selfparam.inject.loop import EpochProgress, Trained, line_width, train
 from selfparam.inject.memory import CACHE_BYTES, Kept, Tensors
 from selfparam.inject.objective import Target, Words, kl_tokens
@@ -35,7 +36,10 @@ MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-
 
 @dataclass(frozen=True)
 class Injection:
-    """θ' and how it came about. `merge_error`: mean KL trained -> merged; `adapter`: the LoRA weights if kept."""
+    """θ' and how it came about. `merge_error`: mean KL trained -> merged; `adapter`: the LoRA weights if kept.
+
+    curvature: for the next injection, where the recipe has retention.
+    """
 
     lm: LM
     trained: Trained
@@ -44,6 +48,7 @@ class Injection:
     seconds_train: float
     merge_error: float
     adapter: tuple[Any, dict[str, torch.Tensor]] | None = None
+    curvature: Curvature | None = None
 
 
 def precision(lm: LM, recipe: Recipe) -> AbstractContextManager[Any]:
@@ -62,6 +67,7 @@ def inject(
     recipe: Recipe,
     *,
     teacher: LM | None = None,
+    curvature: Curvature | None = None,
     progress: EpochProgress | None = None,
     teacher_progress: Callable[[int, int], None] | None = None,
     in_place: bool = False,
@@ -74,6 +80,7 @@ def inject(
 
     lm stays as it is unless in_place (saves one copy of the weights). teacher: another θ to read x than lm itself (in a
     sequence of injections, the first one, with the same output head); what is rehearsed is always lm's own.
+    curvature: of the injections before, which the recipe's retention holds.
     checkpoints: where to save and continue. cache_bytes: the teacher's targets may take so much memory (the device's,
     where there is one); more goes to a file under TMPDIR. accelerator: share the work among its processes, which all
     call this with the same arguments and get the same θ'. lm may be cut over them (sharded.py).
@@ -87,6 +94,9 @@ def inject(
     if is_sharded(lm.model) and not (in_place and accelerator and recipe.train in ("lora", "mlp") and not teacher):
         raise InjectionError("a model that is cut over processes is trained in place, as LoRA or MLP matrices, and is "
                              "its own teacher: in_place=True, accelerator=…, train 'lora' or 'mlp'")
+    if recipe.retention and is_sharded(lm.model):
+        raise InjectionError("what was learned before cannot be held in a model that is cut over processes: "
+                             "use --retention 0")
     check_head(lm)
     rows, prefixes = build_rows(lm, target_sets, recipe)
     if teacher and any(r.rehearsed for r in rows) and not torch.equal(head_of(teacher).weight, head_of(lm).weight):
@@ -116,13 +126,18 @@ def inject(
         if accelerator:  # equal weights, different dropout
             torch.manual_seed(recipe.seed + accelerator.process_index)
         with lean(model, line_width(lm, rows)):
-            trained = train(student, model, rows, targets, recipe, progress, checkpoints, accelerator)
+            held = Held(model, curvature, recipe) if curvature and recipe.retention else None
+            trained = train(student, model, rows, targets, recipe, progress, checkpoints, accelerator, held)
         done = time.perf_counter()
     adapter = _adapter_of(model) if keep_adapter and recipe.train == "lora" else None
     merge_error = merge(student, model, rows) if recipe.train in ("lora", "osf") else 0.0
     student.model.requires_grad_(True)
     student.model.eval()
-    return Injection(student, trained, len(rows), taught - begin, done - taught, merge_error, adapter)
+    if recipe.retention:
+        with precision(student, recipe):
+            curvature = measure(student, [r for r in rows if r.related], recipe.seed).plus(curvature)
+    return Injection(student, trained, len(rows), taught - begin, done - taught, merge_error, adapter,
+                     curvature if recipe.retention else None)
 
 
 def next_words(lm: LM, rows: Sequence[Row]) -> Words:

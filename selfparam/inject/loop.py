@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from selfparam.errors import InjectionError
 from selfparam.inject.checkpoint import Checkpoints, Position
+from selfparam.inject.curvature import Held
 from selfparam.inject.memory import Micro
 from selfparam.inject.objective import Target, loss_of, loss_of_tokens
 from selfparam.inject.pairs import Pack, Row, epoch_steps, offsets, pack
@@ -168,11 +169,13 @@ def train(
     progress: EpochProgress | None = None,
     checkpoints: Checkpoints | None = None,
     accelerator: Accelerator | None = None,
+    held: Held | None = None,
 ) -> Trained:
     """Train `model` (lm.model or its peft wrapper) in place.
 
     targets: of all scored tokens, in the order of the rows. checkpoints: where to save and continue; without it nothing
     is written. accelerator: its processes share the rows of every step; losses and weights are those of one process.
+    held: what earlier injections taught, as a penalty, which the losses do not count.
     Raises InjectionError when a loss is not finite, StoppedError when `checkpoints` was told to stop.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -181,6 +184,7 @@ def train(
     learned, held_out = divided(rows, recipe)
     in_epoch = [rows[i] for i in learned]
     per_epoch = len(epoch_steps(in_epoch, recipe, random.Random(0)))
+    scored = sum(r.scored * (1 if r.related else recipe.unrelated_share) for r in in_epoch)
     at = checkpoints.begin(parameters, optimizers, rng) if checkpoints else Position()
     model.train()
     for epoch in range(at.epoch, recipe.epochs):
@@ -188,6 +192,8 @@ def train(
         for places in epoch_steps(in_epoch, recipe, rng)[at.place :]:
             chosen = [learned[i] for i in places]
             value, weight = student.learn(chosen)
+            if held:
+                held.add_gradients(scored)
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
             check_finite(value, float(norm), epoch, recipe)
             apply(optimizers, recipe.lr * factor(at.step, per_epoch * recipe.epochs, recipe))

@@ -19,7 +19,16 @@ from selfparam.methods.memoryllm import MemoryLLM
 from selfparam.methods.protocol import Fronted, Method, Reader, Stacking
 from selfparam.methods.raptor import Raptor
 from selfparam.methods.selfparam import SelfParam
-from selfparam.types import FAST, PAPER, PAPER_RECOMMEND, PAPER_SEQUENTIAL, SMALL, SMALL_SEQUENTIAL, Recipe
+from selfparam.types import (
+    FAST,
+    PAPER,
+    PAPER_RECOMMEND,
+    PAPER_SEQUENTIAL,
+    SMALL,
+    SMALL_REHEARSAL,
+    SMALL_SEQUENTIAL,
+    Recipe,
+)
 
 __all__ = ["METHODS", "RECIPES", "Fronted", "Method", "Reader", "Stacking", "make_method"]
 
@@ -36,6 +45,7 @@ METHODS: dict[str, type[Any]] = {
 RECIPES = {
     "paper": PAPER, "paper-sequential": PAPER_SEQUENTIAL, "paper-recommend": PAPER_RECOMMEND, "fast": FAST,
     "small": SMALL, "small-sequential": SMALL_SEQUENTIAL,
+    "small-rehearsal": SMALL_REHEARSAL,
 }
 
 

@@ -1,7 +1,7 @@
 """SELF-PARAM: Eq. 2 as a row of a table. Pairs, unrelated sentences, one inject() for all contexts; 𝒮 = 0.
 
-Absorbing in turn is a fold, θ_i = inject(θ_{i-1}, ℰ(x_i)), with sentences that θ_{i-1} writes from memory where the
-recipe has rehearsal. Refuses to know evaluation.
+Absorbing in turn is a fold, θ_i = inject(θ_{i-1}, ℰ(x_i)), which holds what earlier steps taught where the recipe has
+retention or rehearsal. Refuses to know evaluation.
 Source: arXiv 2410.00487, section 3; what it leaves open is in docs/paper.md.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from selfparam.inject import inject, precision
+from selfparam.inject.curvature import Curvature
 from selfparam.inject.stack import refusal
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
@@ -24,9 +25,13 @@ from selfparam.types import PAPER, Recipe, Sentence, TargetSet
 
 @dataclass(frozen=True)
 class Keeping(Memory):
-    """Answers from the weights; `kept` are the pairs absorbed so far, which 𝒮 counts."""
+    """Answers from the weights; what the next step needs beside them.
+
+    kept: the pairs absorbed so far, which 𝒮 counts. curvature: of the steps so far; it holds no text.
+    """
 
     kept: tuple[Sentence, ...] = ()
+    curvature: Curvature | None = None
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,9 @@ class SelfParam:
 
     source: who writes unrelated sentences. teacher: which θ reads x, and holds what is unrelated: the one before this
     step or the "first" one (only different in a sequence; the first one stays in memory as a second copy). keep:
-    "pairs" trains on all earlier pairs again in every step of a sequence, which have to be stored; recipe.rehearsal
-    needs no storage. Earlier pairs and what is rehearsed are always taught by the one before this step.
+    "pairs" trains on all earlier pairs again in every step of a sequence, which have to be stored; recipe.retention
+    and recipe.rehearsal store no text. Earlier pairs and what is rehearsed are always taught by the one before this
+    step.
     """
 
     recipe: Recipe = PAPER
@@ -57,18 +63,20 @@ class SelfParam:
         chosen = self._chosen(lm if first else start, sets, seed)
         if not chosen:
             return replace(after, notes=UNTRAINED) if isinstance(after, Memory) else Memory(start, UNTRAINED)
-        kept = after.kept if isinstance(after, Keeping) else ()
+        kept, curvature = (after.kept, after.curvature) if isinstance(after, Keeping) else ((), None)
         own = tuple(replace(s, about=None, rehearsed=True) for one in chosen for s in one.related)
         chosen[0] = replace(chosen[0], unrelated=(*chosen[0].unrelated, *kept))
         if after and self.recipe.rehearsal:
             with precision(start, self.recipe):
                 chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
                                           temperature=self.recipe.rehearsal_temperature)
-        found = inject(start, chosen, self.recipe.but(seed=seed), teacher=lm if first else None).lm
-        if self.keep == "nothing":
-            return Memory(found)
-        kept += own
-        return Keeping(found, storage_tokens=tokens(found, [f"{s.prompt} {s.completion}" for s in kept]), kept=kept)
+        done = inject(start, chosen, self.recipe.but(seed=seed), teacher=lm if first else None, curvature=curvature)
+        if self.keep == "pairs":
+            kept += own
+        notes = (f"{done.curvature.numbers / 1e6:.1f} million numbers of curvature are kept from step to step, "
+                 "however many contexts there are",) if done.curvature else ()
+        return Keeping(done.lm, notes, tokens(done.lm, [f"{s.prompt} {s.completion}" for s in kept]), kept,
+                       done.curvature)
 
     def absorb_each(self, lm: LM, sets: Sequence[TargetSet], *, seed: int = 0) -> Iterator[Reader]:
         return memories(lm, sets, lambda one: self._chosen(lm, [one], seed), self.recipe.but(seed=seed))

@@ -39,6 +39,7 @@ SETTINGS, HEAD = "store.json", "head.json"
 _HEX = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}")
 _FOLDERS = ("objects", "snapshots", "models", "work")
+_BESIDE = ("adapter/", "curvature/", "texts/")
 _LARGEST_MANIFEST = 100_000_000  # bytes
 
 
@@ -67,9 +68,9 @@ class Snapshot:
         return bool(self.faults) and not self.forced
 
     def part(self, folder: str) -> dict[str, tuple[str, int]]:
-        """The files below a folder ("adapter", "texts"), or of the model itself ("")."""
+        """The files below a folder ("adapter", "curvature", "texts"), or of the model itself ("")."""
         if not folder:
-            return {name: file for name, file in self.files.items() if not name.startswith(("adapter/", "texts/"))}
+            return {name: file for name, file in self.files.items() if not name.startswith(_BESIDE)}
         return {name: file for name, file in self.files.items() if name.startswith(folder + "/")}
 
 
@@ -261,13 +262,21 @@ class Store:
 
     def text(self, snapshot: Snapshot, name: str) -> str:
         """A text file of a snapshot. Raises StoreError."""
-        sha, _ = snapshot.files[name]
         try:
-            data = self.object(sha).read_bytes()
-            if hashlib.sha256(data).hexdigest() != sha:
-                raise StoreError(f"'{name}' of snapshot {snapshot.id[:12]} was altered: restore it from a copy")
-            return data.decode()
+            return self.sound(snapshot, name).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            raise StoreError(f"'{name}' of snapshot {snapshot.id[:12]} cannot be read ({reason(error)}): "
+                             "restore it from a copy") from error
+
+    def sound(self, snapshot: Snapshot, name: str) -> Path:
+        """Where a file of a snapshot lies. Raises StoreError where it is missing or altered."""
+        sha, _ = snapshot.files[name]
+        path = self.object(sha)
+        try:
+            if sha256_of(path) != sha:
+                raise StoreError(f"'{name}' of snapshot {snapshot.id[:12]} was altered: restore it from a copy")
+            return path
+        except OSError as error:
             raise StoreError(f"'{name}' of snapshot {snapshot.id[:12]} cannot be read ({reason(error)}): "
                              "restore it from a copy") from error
 

@@ -1,0 +1,172 @@
+"""What holds earlier injections in place: how far the last hidden states would move along every direction of a weight.
+
+A change D of a trained matrix moves them, over all sentences injected so far, by about tr(D C Dᵀ): C is the second
+moment of what came into that matrix, each token weighted by how much the matrix's output there moves them. While
+something new is learned, that is added to the loss. C has a fixed size, however many contexts there are, and holds no
+text: 𝒮 = 0.
+Refuses to know training and where files lie. Sources: online Laplace with Kronecker factors (Ritter et al. 2018,
+arXiv 1805.07810), with the factor of the outputs made a number for each token, and hidden states instead of labels,
+whose Fisher information vanishes where a fact is known well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from selfparam.errors import InjectionError, ModelError
+from selfparam.inject.pairs import Row, lay
+from selfparam.inject.trainable import layer_linears
+from selfparam.lm import LM, Conv1D
+from selfparam.types import Recipe
+
+TOKENS = 2048  # of rows that are read together
+OTHER = ("the curvature of earlier injections is of another model: inject into the model that it was written with, or "
+         "with --retention 0")
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """moments: {linear module of a layer: [d_in, d_in], Σ w x xᵀ over the tokens of the sentences injected so far}.
+
+    x: what came into it; w: |∂(r·h)/∂y|² / d_out, y its output, h the last hidden states of the scored tokens, r random
+    with variance 1.
+    """
+
+    moments: dict[str, torch.Tensor]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers that is, with one triangle of each."""
+        return sum(len(m) * (len(m) + 1) // 2 for m in self.moments.values())
+
+    def plus(self, other: Curvature | None) -> Curvature:
+        """Of the sentences of both. Raises InjectionError where they are of different models."""
+        if other is None:
+            return self
+        if {n: m.shape for n, m in self.moments.items()} != {n: m.shape for n, m in other.moments.items()}:
+            raise InjectionError(OTHER)
+        return Curvature({name: m + other.moments[name].to(m.device) for name, m in self.moments.items()})
+
+    def save(self, path: Path) -> None:
+        """As safetensors, float32, one triangle of each."""
+        save_file({name: m.cpu()[_triangle(len(m))] for name, m in self.moments.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Curvature:
+        """Raises ModelError where there is none, or a damaged one."""
+        try:
+            return cls({name: _whole(half) for name, half in load_file(path).items()})
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ModelError(f"'{path}' cannot be read: restore it from a copy, or use --retention 0") from error
+
+
+def _triangle(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = torch.triu_indices(size, size)
+    return rows, columns
+
+
+def _whole(half: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix of a triangle."""
+    size = (math.isqrt(8 * len(half) + 1) - 1) // 2
+    found = half.new_zeros(size, size)
+    found[_triangle(size)] = half
+    return found + found.triu(1).T
+
+
+def measure(lm: LM, rows: Sequence[Row], seed: int = 0) -> Curvature:
+    """Of the rows, as the model reads them from memory (without x). Weights stay as they are and get no gradients."""
+    names = {lm.model.get_submodule(name): name for group in layer_linears(lm) for name in group}
+    moments: dict[str, torch.Tensor] = {}
+    used = torch.empty(0, dtype=torch.bool)
+
+    def forward(module: torch.nn.Module, given: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+        name, x = names[module], given[0].detach()[used].float()
+
+        def backward(gradient: torch.Tensor) -> None:
+            weight = gradient[used].float().square().mean(1, keepdim=True)
+            moments[name] = moments.get(name, 0) + (x * weight).T @ x
+
+        y.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    trained = [p for p in lm.model.parameters() if p.requires_grad]
+    lm.model.requires_grad_(False)
+    hooks = [module.register_forward_hook(forward) for module in names]
+    lm.model.enable_input_require_grads()
+    rng = torch.Generator().manual_seed(seed)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].student))
+    try:
+        while order:
+            part = order[: max(1, TOKENS // len(rows[order[0]].student))]
+            order = order[len(part) :]
+            lengths = torch.tensor([len(rows[i].student) for i in part])
+            packed = lay(rows, [[i] for i in part], [0] * len(rows), int(lengths[0]), lm.bos[0]).to(lm.device)
+            used = (torch.arange(packed.ids.shape[1]) < lengths[:, None]).to(lm.device)
+            with torch.enable_grad():
+                h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)
+                r = torch.randn(len(packed.index), h.shape[1], generator=rng).to(h) * (packed.weight > 0)[:, None]
+                (h[packed.index] * r).sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        lm.model.disable_input_require_grads()
+        for hook in hooks:
+            hook.remove()
+        for p in trained:
+            p.requires_grad_(True)
+    return Curvature(moments)
+
+
+class Held:
+    """The penalty on what is trained, λ/2 · Σ tr(D C Dᵀ), for each scored token of an epoch.
+
+    Raises InjectionError where the recipe trains something else than adapters or MLP matrices.
+    """
+
+    def __init__(self, model: Any, curvature: Curvature, recipe: Recipe) -> None:
+        if recipe.train not in ("lora", "mlp"):
+            raise InjectionError(f"what was learned before cannot be held with train = '{recipe.train}': use 'lora' or "
+                                 "'mlp', or --retention 0")
+        self.recipe = recipe
+        named = {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
+        if not set(curvature.moments) <= set(named):
+            raise InjectionError(OTHER)
+        device = next(model.parameters()).device
+        self.layers = [(named[name], m.to(device)) for name, m in curvature.moments.items() if _is_trained(named[name])]
+        if any(_inputs(module) != len(m) for module, m in self.layers):
+            raise InjectionError(OTHER)
+        self.start = [m.weight.detach().clone() for m, _ in self.layers] if recipe.train == "mlp" else []
+
+    @torch.no_grad()
+    def add_gradients(self, scored: float) -> None:
+        """Add the penalty's gradients. scored: tokens of an epoch."""
+        factor = self.recipe.retention / scored
+        for k, (module, moment) in enumerate(self.layers):
+            if self.recipe.train == "mlp":
+                change = (module.weight - self.start[k]).float()
+                _add(module.weight, factor * (moment @ change if isinstance(module, Conv1D) else change @ moment))
+                continue
+            a, b = (part["default"].weight for part in (module.lora_A, module.lora_B))
+            scale = factor * module.scaling["default"] ** 2
+            low = a.float() @ moment
+            _add(a, scale * (b.float().T @ b.float()) @ low)
+            _add(b, scale * b.float() @ (low @ a.float().T))
+
+
+def _add(p: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    p.grad = gradient.to(p) if p.grad is None else p.grad.add_(gradient.to(p))
+
+
+def _is_trained(module: Any) -> bool:
+    return hasattr(module, "lora_A") or module.weight.requires_grad
+
+
+def _inputs(module: Any) -> int:
+    """d_in of a linear module, or of the one that an adapter is on."""
+    plain = getattr(module, "base_layer", module)
+    return int(plain.weight.shape[0 if isinstance(plain, Conv1D) else 1])

@@ -1,0 +1,187 @@
+"""What holds earlier injections: moments against their definition, the penalty against autograd, and that it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from selfparam.errors import InjectionError, ModelError
+from selfparam.inject import inject
+from selfparam.inject.curvature import Curvature, Held, measure
+from selfparam.inject.pairs import build_rows
+from selfparam.inject.teacher import teacher_states
+from selfparam.inject.trainable import layer_linears, make_trainable
+from selfparam.lm import LM, Conv1D
+from selfparam.methods import make_method
+from selfparam.types import SMALL, SMALL_SEQUENTIAL, Context, Sentence, TargetSet
+from tests.tiny import tiny_lm
+
+X = Context("Mara keeps the red lamp in Oslo.")
+SET = TargetSet(X, (Sentence("Who keeps the red lamp?", "Mara", X.id), Sentence("Where is the lamp?", "Oslo", X.id)))
+OTHER = TargetSet(Context("The green door is locked."), (Sentence("Which door is locked?", "the green one", "door"),))
+EXACT = SMALL.but(precision="fp32", epochs=4)
+ARCHITECTURES = ["llama", "gpt2", "phi", "gemma2"]
+
+
+def rows_of(lm: LM, one: TargetSet = SET) -> Any:
+    return build_rows(lm, [one], SMALL)[0]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_moments_as_defined(name: str) -> None:
+    lm = tiny_lm(name)
+    rows = rows_of(lm)
+    moments = measure(lm, rows, seed=3).moments
+    assert set(moments) == {n for group in layer_linears(lm) for n in group}
+    assert all(p.requires_grad and p.grad is None for p in lm.model.parameters())
+    # by hand: each row alone and without padding, the same random directions
+    rng = torch.Generator().manual_seed(3)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].student))
+    places = sum(rows[i].scored for i in order)
+    d = lm.text_config.hidden_size
+    r = list(torch.randn(-(-places // 64) * 64, d, generator=rng).split([rows[i].scored for i in order] + [
+        -places % 64]))
+    wanted = {n: torch.zeros_like(m) for n, m in moments.items()}
+    for i, direction in zip(order, r, strict=False):
+        kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def look(module: Any, given: Any, y: torch.Tensor, kept: Any = kept) -> None:
+            y.retain_grad()
+            kept[next(n for n, m in lm.model.named_modules() if m is module)] = (given[0], y)
+
+        hooks = [lm.model.get_submodule(n).register_forward_hook(look) for n in moments]
+        h = lm.hidden(lm.model, input_ids=torch.tensor([rows[i].student]))
+        (h[0, rows[i].first - 1 : -1] * direction).sum().backward()
+        for hook in hooks:
+            hook.remove()
+        for n, (x, y) in kept.items():
+            assert y.grad is not None
+            wanted[n] += (x[0] * y.grad[0].square().mean(1, keepdim=True)).T @ x[0]
+    for n, m in moments.items():
+        torch.testing.assert_close(m, wanted[n].detach(), rtol=2e-3, atol=1e-4 * float(wanted[n].detach().abs().max()))
+
+
+def test_the_last_matrix_moves_the_states_by_what_the_moment_says() -> None:
+    lm = tiny_lm()
+    rows, prefixes = build_rows(lm, [SET], SMALL)
+    name = layer_linears(lm)[1][-1]  # nothing lies between it and the states but the final norm: no sums over tokens
+    module = lm.model.get_submodule(name)
+    expected = sum(measure(lm, rows, seed).moments[name] for seed in range(40)) / 40
+    before = teacher_states(lm, rows, [lm.prefix(None)] * len(prefixes))
+    torch.manual_seed(0)
+    moved = predicted = 0.0
+    for _ in range(40):
+        change = 1e-3 * torch.randn_like(module.weight)
+        with torch.no_grad():
+            module.weight += change
+            moved += float((teacher_states(lm, rows, [lm.prefix(None)] * len(prefixes)) - before).square().sum())
+            module.weight -= change
+        predicted += float(((change @ expected) * change).sum())
+    assert moved == pytest.approx(predicted, rel=0.15)
+
+
+@pytest.mark.parametrize("train", ["lora", "mlp"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_are_those_of_the_penalty(name: str, train: str) -> None:
+    lm = tiny_lm(name)
+    recipe = SMALL.but(train=train, retention=0.7, lora_rank=4)
+    curvature = measure(lm, rows_of(lm))
+    model = make_trainable(lm, recipe)
+    held = Held(model, curvature, recipe)
+    torch.manual_seed(0)
+    start = {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p += 0.1 * torch.randn_like(p)
+    held.add_gradients(5.0)
+    found = [p.grad.clone() for p in trained if p.grad is not None]
+    assert len(found) == len([p for p in trained if p.ndim == 2]) > 0
+    model.zero_grad()
+    penalty = torch.zeros(())
+    for n, m in model.named_modules():
+        short = n.removeprefix("base_model.model.")
+        if short not in curvature.moments:
+            continue
+        if train == "lora":
+            change = m.scaling["default"] * m.lora_B["default"].weight @ m.lora_A["default"].weight
+        elif m.weight.requires_grad:
+            change = m.weight - start[n]
+            change = change.T if isinstance(m, Conv1D) else change
+        else:
+            continue
+        penalty = penalty + ((change @ curvature.moments[short]) * change).sum()
+    (0.7 / (2 * 5.0) * penalty).backward()
+    wanted = [p.grad for p in trained if p.ndim == 2]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6 + 1e-4 * float(b.abs().max()))
+               for a, b in zip(found, wanted, strict=True) if b is not None)
+
+
+def test_a_first_injection_is_as_without_it_and_a_second_is_held() -> None:
+    lm = tiny_lm()
+    plain = inject(lm, [SET], EXACT)
+    one = inject(lm, [SET], EXACT.but(retention=1.0))
+    assert plain.curvature is None and one.curvature is not None
+    assert all(torch.equal(a, b) for a, b in zip(one.lm.model.parameters(), plain.lm.model.parameters(), strict=True))
+
+    rows, prefixes = build_rows(lm, [SET], SMALL)
+    empty = [lm.prefix(None)] * len(prefixes)
+    before = teacher_states(one.lm, rows, empty)
+
+    def moved(strength: float) -> tuple[float, Any]:
+        two = inject(one.lm, [OTHER], EXACT.but(retention=strength), curvature=one.curvature)
+        return float((teacher_states(two.lm, rows, empty) - before).square().sum()), two
+
+    free, little, much = moved(0.0), moved(1.0), moved(1e4)
+    assert much[0] < 0.1 * free[0] and little[0] < free[0]
+    assert free[1].curvature is None
+    both = measure(little[1].lm, rows_of(lm, OTHER), EXACT.seed).plus(one.curvature)
+    assert all(torch.allclose(little[1].curvature.moments[n], m) for n, m in both.moments.items())
+
+
+def test_files(tmp_path: Path) -> None:
+    lm = tiny_lm()
+    found = measure(lm, rows_of(lm))
+    path = tmp_path / "moments.safetensors"
+    found.save(path)
+    again = Curvature.load(path)
+    assert list(again.moments) == sorted(found.moments) or set(again.moments) == set(found.moments)
+    assert all(torch.allclose(again.moments[n], m, rtol=1e-5, atol=1e-6 * float(m.abs().max()))
+               for n, m in found.moments.items())
+    assert 4 * found.numbers < path.stat().st_size < 4 * found.numbers + 10_000
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ModelError, match="cannot be read"):
+        Curvature.load(path)
+    with pytest.raises(ModelError, match="cannot be read"):
+        Curvature.load(tmp_path / "none")
+
+
+def test_what_cannot_be_held_is_refused() -> None:
+    lm, other = tiny_lm(), tiny_lm("gpt2")
+    found = inject(lm, [SET], EXACT.but(retention=1.0)).curvature
+    assert found
+    with pytest.raises(InjectionError, match="of another model"):
+        inject(other, [SET], EXACT.but(retention=1.0), curvature=found)
+    small = Curvature({n: m[:4, :4] for n, m in found.moments.items()})
+    with pytest.raises(InjectionError, match="of another model"):
+        inject(lm, [SET], EXACT.but(retention=1.0), curvature=small)
+    with pytest.raises(InjectionError, match="of another model"):
+        found.plus(small)
+    with pytest.raises(InjectionError, match="'lora' or 'mlp'"):
+        inject(lm, [SET], EXACT.but(retention=1.0, train="full"), curvature=found)
+
+
+def test_a_fold_carries_it_and_stores_no_text() -> None:
+    lm = tiny_lm()
+    method = make_method("selfparam", {"recipe": {"from": "small", "epochs": 1, "retention": 1.0, "precision": "fp32"},
+                                       "ratio": 0.0})
+    one = method.absorb(lm, [SET])
+    two = method.absorb(lm, [OTHER], after=one)
+    assert two.storage_tokens == 0 and "numbers of curvature" in two.notes[0]
+    by_hand = inject(one.lm, [OTHER], EXACT.but(epochs=1, retention=1.0), curvature=one.curvature).lm
+    assert all(torch.equal(a, b) for a, b in zip(two.lm.model.parameters(), by_hand.model.parameters(), strict=True))
+    assert method.absorb(lm, [TargetSet(X, ())], after=two).curvature is two.curvature
+    assert SMALL_SEQUENTIAL.retention > 0 == SMALL.retention
