@@ -141,7 +141,7 @@ def test_altered_curvature_is_said(run: Run) -> None:
     assert run("verify", "st")[0] == 2
 
 
-def test_a_stopped_injection_goes_on_with_the_first_teacher_and_the_curvature(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_injection_goes_on_with_what_it_had(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     make(run)
     assert learn(run, "lamp")[0] == 0
     shutil.copytree("st", "whole", symlinks=True)

@@ -111,13 +111,13 @@ def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     points = [{"size": n, "teacher": n / 10, "training": n / 5, "rows": n} for n in (10, 20)]
     (results / "growth.json").write_text(json.dumps({
         "growth": {"contexts": {"points": points, "exponent": {"teacher": 1.0, "training": 1.0}}}, "epochs": 1}))
-    theirs, own = ([{"epochs": 5, "seconds": 10.0, "f1": 0.6}, {"epochs": 10, "seconds": 20.0, "f1": f1}]
-                   for f1 in (0.5, 0.7))
-    assert reach.ratio(theirs, own) == 0.5 and reach.ratio(own, theirs) is None
+    theirs = [{"epochs": 5, "seconds": 10.0, "f1": 0.5}, {"epochs": 10, "seconds": 20.0, "f1": 0.6}]
+    own = [{"epochs": 2, "seconds": 1.0, "f1": 0.5}, {"epochs": 4, "seconds": 2.0, "f1": 0.7}]
+    assert reach.ratios(theirs, own) == [10.0, 10.0] and reach.ratios(own, theirs) == [0.1, None]
     (results / "reach.json").write_text(json.dumps({
-        "contexts": 2, "lr": 2e-3, "machine": machine, "paper": theirs, "ours": own, "ratio": 0.5}))
+        "contexts": 2, "lr": 2e-3, "machine": machine, "paper": theirs, "ours": own, "ratios": [10.0, None]}))
     text = render.render(results, docs)
-    assert "| paper | 10 | 20.0 | 0.500 |" in text and "0.5 times sooner" in text
+    assert "| paper | 5 | 10.0 | 0.500 | 10 times |" in text and "| paper | 10 | 20.0 | 0.600 | - |" in text
     assert "| plain | 30.0 | 15.00 | 4.0 | 3 | 3.3% |" in text and "| contexts | 10, 20 | 1.0, 2.0 |" in text
     assert "not measured yet" not in text and "| tiny | 1 | 1 |" in text
     assert (docs / "performance.md").read_text("utf-8") == text
