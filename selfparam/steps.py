@@ -188,7 +188,7 @@ def with_unrelated(lm: LM, sets: Sequence[TargetSet], journal: Journal, *, sourc
     if ratio == 0 or not lacking:
         return list(sets)
     if ratio is None:
-        ratio = 1.0 if recipe.teacher_sees_x else RATIO
+        ratio = 1.0 if recipe.teacher_sees_x else RATIO / (recipe.unrelated_share if recipe.retention else 1)
     share = 0.0 if recipe.teacher_sees_x else NEIGHBOUR_SHARE
     with journal.step("finding unrelated sentences"):
         added = iter(add_unrelated(lm, lacking, ratio=ratio, neighbour_share=share, source=source, seed=recipe.seed))

@@ -80,7 +80,8 @@ Unrelated = Annotated[str, typer.Option(
     help="Unrelated sentences that keep the model as it was: 'self' (it writes them), 'packaged', 'slimpajama' "
          "(network), or a text file.")]
 Ratio = Annotated[float | None, typer.Option(
-    min=0.0, help="Unrelated sentences for each pair; not given: 4, or 1 for the paper's recipe.", show_default=False)]
+    min=0.0, help="Unrelated sentences for each pair; not given: 4 in an epoch, or 1 for the paper's recipe.",
+    show_default=False)]
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

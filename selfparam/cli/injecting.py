@@ -24,7 +24,7 @@ from selfparam.lm import LM
 from selfparam.report import Journal, drift_line, guard_table, output, plain, scores_table
 from selfparam.store import check_out, write_model
 from selfparam.store.snapshots import Snapshot, Store
-from selfparam.types import Context, Recipe
+from selfparam.types import Context
 
 __all__ = ["Wishes", "drop_job", "finish", "load", "prepare", "read_job", "save_job"]
 
@@ -61,9 +61,9 @@ class Wishes:
 
 @dataclass
 class Start:
-    """What an injection begins with: the model, and what is at hand of earlier injections where the recipe needs it.
+    """What the training begins with: the model, and what is at hand of earlier injections where the recipe needs it.
 
-    first: θ before all of them. curvature: of all of them.
+    first: θ before all of them, the teacher where something is rehearsed. curvature: of all of them.
     """
 
     lm: LM
@@ -95,16 +95,17 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
     curvature = learn.kept_curvature(store, parent) if store and parent else None
     recipe = steps.choose_recipe(lm, wish.recipe, sequence=store is not None and (not follows or curvature is not None),
                                  follows=follows, **wish.changes)
-    start = _start(lm, recipe, store, parent, wish.history, journal, wish.device)
-    first = start.first
+    first = _first(store, parent, wish.history, journal, wish.device) if recipe.rehearsal or recipe.retention else None
+    start = Start(lm, first if recipe.rehearsal else None, curvature if recipe.retention else None)
     sets = sets or steps.written_sets(  # by θ before all injections: who has learned much writes worse
         first or lm, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
         offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,
     )
     sets, _ = steps.without_questions(sets, [*asked, *probes], journal)
-    sets = steps.with_unrelated(first or lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)
+    sets = steps.with_unrelated(
+        start.first or lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)
     if recipe.rehearsal:
-        sets = steps.with_rehearsed(lm, sets, journal, recipe, first)
+        sets = steps.with_rehearsed(lm, sets, journal, recipe, start.first)
     job = Job(
         id=secrets.token_hex(16), model=wish.model, sets=tuple(sets), recipe=recipe, parent=parent.id if parent else "",
         held_out=(Path(wish.questions).name, tuple(asked)) if wish.questions else None,
@@ -115,12 +116,12 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
     return job, start
 
 
-def _start(lm: LM, recipe: Recipe, store: Store | None, parent: Snapshot | None, history: list[dict[str, Any]],
-           journal: Journal, device: str) -> Start:
-    if store and parent and parent.parent and (recipe.rehearsal or recipe.retention):
-        return Start(lm, learn.load_snapshot(store, store.lineage(parent.id)[0], journal, device),
-                     learn.kept_curvature(store, parent) if recipe.retention else None)
-    return Start(lm, steps.first_of(history, journal, device=device) if history and recipe.rehearsal else None)
+def _first(store: Store | None, parent: Snapshot | None, history: list[dict[str, Any]], journal: Journal, device: str
+           ) -> LM | None:
+    """θ before all injections, where there were some and it is at hand."""
+    if store and parent:
+        return learn.load_snapshot(store, store.lineage(parent.id)[0], journal, device) if parent.parent else None
+    return steps.first_of(history, journal, device=device) if history else None
 
 
 def load(job: Job, store: Store | None, history: list[dict[str, Any]], journal: Journal) -> Start:
@@ -128,7 +129,8 @@ def load(job: Job, store: Store | None, history: list[dict[str, Any]], journal: 
     parent = store.snapshot(job.parent) if store else None
     lm = (learn.load_snapshot(store, parent, journal, job.device) if store and parent else
           steps.load(job.model, journal, dtype=job.dtype, device=job.device, offline=job.offline))
-    return _start(lm, job.recipe, store, parent, history, journal, job.device)
+    return Start(lm, _first(store, parent, history, journal, job.device) if job.recipe.rehearsal else None,
+                 learn.kept_curvature(store, parent) if store and parent and job.recipe.retention else None)
 
 
 def finish(job: Job, start: Start, store: Store | None, out: str | None, place: Path, journal: Journal, machine: bool,
