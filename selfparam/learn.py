@@ -83,8 +83,13 @@ def load_snapshot(store: Store, snapshot: Snapshot, journal: Journal, device: st
 
 
 def kept_curvature(store: Store, snapshot: Snapshot) -> Curvature | None:
-    """Of all injections up to the snapshot; None where one of them measured none. Raises StoreError, ModelError."""
-    return Curvature.load(store.sound(snapshot, _CURVATURE)) if _CURVATURE in snapshot.files else None
+    """Of all injections up to the snapshot; None where one of them measured none, or gc took it.
+
+    Raises StoreError, ModelError.
+    """
+    if _CURVATURE not in snapshot.files or _CURVATURE in store.missing(snapshot):
+        return None
+    return Curvature.load(store.sound(snapshot, _CURVATURE))
 
 
 # --- before the training --------------------------------------------------------------------------------------------

@@ -116,6 +116,8 @@ def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
     before_gc = weights[1].read_bytes()
     assert run("gc", "st", "--deltas")[0] == 0
     assert not weights[1].exists() and weights[0].exists() and weights[2].exists()
+    kept = [store.object(one.files["curvature/moments.safetensors"][0]).exists() for one in store.lineage()[1:]]
+    assert kept == [False, True]
     assert run("verify", "st")[0] == 0
     assert run("checkout", "st", store.lineage()[1].id)[0] == 0  # made again of parent and delta
     assert weights[1].read_bytes() == before_gc
@@ -127,6 +129,7 @@ def test_a_model_without_curvature_rehearses(run: Run) -> None:
     code, out, err = learn(run, "boat", "--rehearsal", "1", "--json")
     assert code == 0 and json.loads(out)["recipe"]["retention"] == 0, err
     assert not any(name.startswith("curvature") for one in store.lineage() for name in one.files)
+    assert any("no curvature" in note for note in json.loads(out)["notes"])
     assert steps.choose_recipe(LM.load("tiny"), "auto", follows=True).rehearsal > 0
 
 

@@ -95,6 +95,8 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
     curvature = learn.kept_curvature(store, parent) if store and parent else None
     recipe = steps.choose_recipe(lm, wish.recipe, sequence=store is not None and (not follows or curvature is not None),
                                  follows=follows, **wish.changes)
+    if store and follows and recipe.rehearsal and not curvature:
+        journal.note("no curvature of earlier injections is at hand: what they taught is rehearsed, which takes longer")
     first = _first(store, parent, wish.history, journal, wish.device) if recipe.rehearsal or recipe.retention else None
     start = Start(lm, first if recipe.rehearsal else None, curvature if recipe.retention else None)
     sets = sets or steps.written_sets(  # by θ before all injections: who has learned much writes worse

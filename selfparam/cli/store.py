@@ -210,8 +210,8 @@ def gc(
         "--all", help="Also remove snapshots that are not behind the head: refused or rolled back. They are lost.")
     ] = False,
     deltas: Annotated[bool, typer.Option(
-        "--deltas", help="Keep earlier snapshots as LoRA deltas only, where making the weights again gives the same "
-                         "bits on this machine (tried for each).")] = False,
+        "--deltas", help="Keep earlier snapshots as LoRA deltas only, without curvature, where making the weights "
+                         "again gives the same bits on this machine (tried for each).")] = False,
     machine: Json = False,
 ) -> None:
     """Free space: leavings of crashes and files that no snapshot needs.

@@ -382,7 +382,7 @@ class Store:
             for name, (sha, size) in one.files.items():
                 if sha not in checked:
                     checked[sha] = _fault(self.object(sha), sha, size)
-                if checked[sha] and not (checked[sha] == "is missing" and self.rebuildable(one, name)):
+                if checked[sha] and not (checked[sha] == "is missing" and self.can_miss(one, name)):
                     found.append(f"'{name}' of snapshot {one.id[:12]} {checked[sha]}")
         try:
             head = self.head
@@ -391,6 +391,10 @@ class Store:
         except StoreError as error:
             found.append(str(error))
         return found
+
+    def can_miss(self, snapshot: Snapshot, name: str) -> bool:
+        """A file that gc may take: it can be made again, or (curvature) the next injection does without it."""
+        return self.rebuildable(snapshot, name) or name.startswith("curvature/")
 
     def rebuildable(self, snapshot: Snapshot, name: str) -> bool:
         """A weight file that can be made again of the parent and the LoRA delta."""
@@ -401,7 +405,8 @@ class Store:
         """Remove what no snapshot needs: leavings of crashes, files without a snapshot.
 
         everything: also snapshots that are neither the head nor its ancestors (refused or rolled back).
-        weights: snapshots whose full weights go too, because their delta makes them again (the caller has tried it).
+        weights: snapshots whose full weights and curvature go too, because their delta makes the weights again (the
+        caller has tried it).
         """
         with self.writing():
             all_of = {one: self.snapshot(one) for one in self.ids()}  # a damaged store is not touched
@@ -414,7 +419,7 @@ class Store:
             kept = [all_of[one] for one in all_of if one not in gone]
             dropped = {one.id for one in weights}
             needed = {sha for one in kept for name, (sha, _) in one.files.items()
-                      if one.id not in dropped or not self.rebuildable(one, name)}
+                      if one.id not in dropped or not self.can_miss(one, name)}
             files, freed = self._sweep(needed)
             for place in (self.path / "models").iterdir():
                 if place.name not in all_of or place.name in {*gone, *dropped}:

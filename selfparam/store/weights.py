@@ -42,7 +42,7 @@ def model_folder(store: Store, snapshot: Snapshot) -> Path:
     parent = model_folder(store, store.snapshot(str(snapshot.parent)))
     with store.writing(), store.room() as room:
         _merged(store, snapshot, parent, room)
-        if still := store.adopt(room, snapshot):
+        if still := [name for name in store.adopt(room, snapshot) if name in lost]:
             raise StoreError(
                 f"'{still[0]}' of snapshot {snapshot.id[:12]} was made again and is not what it was to the bit "
                 "(another processor or library version?): do it where the snapshot was made, or restore a copy"
