@@ -142,6 +142,13 @@ def test_a_first_injection_is_as_without_it_and_a_second_is_held() -> None:
     assert all(torch.allclose(little[1].curvature.moments[n], m) for n, m in both.moments.items())
 
 
+def test_sums_are_float32_where_training_is_not() -> None:
+    one = inject(tiny_lm(), [SET], EXACT.but(retention=1.0, precision="bf16"))
+    assert one.curvature and {m.dtype for m in one.curvature.moments.values()} == {torch.float32}
+    two = inject(one.lm, [OTHER], EXACT.but(retention=1.0, precision="bf16"), curvature=one.curvature)
+    assert two.curvature and {m.dtype for m in two.curvature.moments.values()} == {torch.float32}
+
+
 def test_files(tmp_path: Path) -> None:
     lm = tiny_lm()
     found = measure(lm, rows_of(lm))

@@ -92,7 +92,8 @@ def measure(lm: LM, rows: Sequence[Row], seed: int = 0) -> Curvature:
 
         def backward(gradient: torch.Tensor) -> None:
             weight = gradient[used].float().square().mean(1, keepdim=True)
-            moments[name] = moments.get(name, 0) + (x * weight).T @ x
+            with torch.autocast(x.device.type, enabled=False):  # sums over many contexts need float32
+                moments[name] = moments.get(name, 0) + (x * weight).T @ x
 
         y.register_hook(backward)  # type: ignore[no-untyped-call]
 
@@ -136,8 +137,9 @@ class Held:
         named = {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
         if not set(curvature.moments) <= set(named):
             raise InjectionError(OTHER)
-        device = next(model.parameters()).device
-        self.layers = [(named[name], m.to(device)) for name, m in curvature.moments.items() if _is_trained(named[name])]
+        self.device = next(model.parameters()).device
+        self.layers = [(named[name], m.to(self.device)) for name, m in curvature.moments.items()
+                       if _is_trained(named[name])]
         if any(_inputs(module) != len(m) for module, m in self.layers):
             raise InjectionError(OTHER)
         self.start = [m.weight.detach().clone() for m, _ in self.layers] if recipe.train == "mlp" else []
@@ -145,7 +147,10 @@ class Held:
     @torch.no_grad()
     def add_gradients(self, scored: float) -> None:
         """Add the penalty's gradients. scored: tokens of an epoch."""
-        factor = self.recipe.retention / scored
+        with torch.autocast(self.device.type, enabled=False):
+            self._add_gradients(self.recipe.retention / scored)
+
+    def _add_gradients(self, factor: float) -> None:
         for k, (module, moment) in enumerate(self.layers):
             if self.recipe.train == "mlp":
                 change = (module.weight - self.start[k]).float()
