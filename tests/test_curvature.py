@@ -155,7 +155,7 @@ def test_files(tmp_path: Path) -> None:
     path = tmp_path / "moments.safetensors"
     found.save(path)
     again = Curvature.load(path)
-    assert list(again.moments) == sorted(found.moments) or set(again.moments) == set(found.moments)
+    assert set(again.moments) == set(found.moments)
     assert all(torch.allclose(again.moments[n], m, rtol=1e-5, atol=1e-6 * float(m.abs().max()))
                for n, m in found.moments.items())
     assert 4 * found.numbers < path.stat().st_size < 4 * found.numbers + 10_000
