@@ -40,6 +40,7 @@ from selfparam.targets import (
     read_sets,
     write_pairs,
 )
+from selfparam.targets.corrections import held_for
 from selfparam.targets.files import text_of
 from selfparam.targets.rehearsal import add_rehearsed
 from selfparam.targets.unrelated import NEIGHBOUR_SHARE, RATIO, add_unrelated, packaged
@@ -193,6 +194,16 @@ def with_unrelated(lm: LM, sets: Sequence[TargetSet], journal: Journal, *, sourc
     with journal.step("finding unrelated sentences"):
         added = iter(add_unrelated(lm, lacking, ratio=ratio, neighbour_share=share, source=source, seed=recipe.seed))
     return [one if one.unrelated else next(added) for one in sets]
+
+
+def lighter(lm: LM, sets: Sequence[TargetSet], recipe: Recipe, journal: Journal) -> Recipe:
+    """The recipe, with less retention where a context corrects what the model knows, which is noted."""
+    with journal.step("comparing with what the model knows"):
+        found, corrections = held_for(lm, sets, recipe)
+    for one in corrections:
+        journal.note(f"'{one.context.title or one.context.source}' tells some of what the model knows otherwise: "
+                     f"earlier documents are held less (retention {found.retention:g})")
+    return found
 
 
 def first_of(history: Sequence[dict[str, Any]], journal: Journal, *, device: str = "auto") -> LM | None:

@@ -18,6 +18,8 @@ from selfparam.cli import main
 from selfparam.errors import StoppedError
 from selfparam.lm import LM
 from selfparam.store.snapshots import Store
+from selfparam.targets import corrections
+from selfparam.types import SMALL_SEQUENTIAL
 from tests.tiny import tiny_lm
 
 DOCUMENTS = {
@@ -121,6 +123,19 @@ def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
     assert run("verify", "st")[0] == 0
     assert run("checkout", "st", store.lineage()[1].id)[0] == 0  # made again of parent and delta
     assert weights[1].read_bytes() == before_gc
+
+
+def test_a_correction_is_held_less(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(run)
+    assert learn(run, "lamp")[0] == 0
+    monkeypatch.setattr(corrections, "corrects", lambda lm, one: True)
+    code, out, err = learn(run, "boat", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["recipe"]["retention"] == pytest.approx(corrections.LIGHTER * SMALL_SEQUENTIAL.retention)
+    assert any("what the model knows otherwise" in note for note in said["notes"])
+    code, out, err = learn(run, "lamp", "--retention", "0.7", "--json")
+    assert code == 0 and json.loads(out)["recipe"]["retention"] == 0.7, err
 
 
 def test_a_model_without_curvature_rehearses(run: Run) -> None:

@@ -17,8 +17,8 @@ FRESH_SEED = 99  # of worlds that are only read, never injected
 
 
 def revisits(n: int, fresh: int, count: Count, *, seed: int = 0, wordings: Wordings = "known", apart: int = 10,
-             facts: int = 4, changed: bool = False) -> Benchmark:
-    """n contexts in blocks of 2 × apart.
+             facts: int = 4, asked: int = 2, changed: bool = False) -> Benchmark:
+    """n contexts in blocks of 2 × apart. asked: wordings in which the pairs ask for each fact.
 
     changed: the second context tells the same facts, the first of them with another value; the first context's
     questions ask the others only. Otherwise the second context tells further facts of the subject.
@@ -26,20 +26,20 @@ def revisits(n: int, fresh: int, count: Count, *, seed: int = 0, wordings: Wordi
     slots = Slots(random.Random(f"revisits {seed} {wordings} {changed}"), "test")
     items: list[Item] = []
     while len(items) < n:
-        pairs = [_visits(slots, wordings, facts, changed) for _ in range(apart)]
+        pairs = [_visits(slots, wordings, facts, asked, changed) for _ in range(apart)]
         items += [first for first, _ in pairs] + [second for _, second in pairs]
     unread = tuple(Item(w.context, w.questions, w.pairs, w.elsewhere) for w in held_out(fresh, FRESH_SEED, wordings))
     return Benchmark(tuple(items[:n]), unread)
 
 
-def _visits(slots: Slots, wordings: Wordings, facts: int, changed: bool) -> tuple[Item, Item]:
+def _visits(slots: Slots, wordings: Wordings, facts: int, asked: int, changed: bool) -> tuple[Item, Item]:
     """The first and the second context of a new subject."""
     domain = slots.rng.choice([d for d in domains() if len(d.relations) >= 2 * facts])
     whole = subject(slots, domain, facts if changed else 2 * facts)
     told, later = whole.facts[:facts], whole.facts[facts:]
     if changed:
         later = (_other(slots, told[0]), *told[1:])
-    first, second = (_item(slots, replace(whole, facts=part), wordings) for part in (told, later))
+    first, second = (_item(slots, replace(whole, facts=part), wordings, asked) for part in (told, later))
     if not changed:
         return first, second
     now, before = second.questions[:1], first.questions[:1]
@@ -55,6 +55,6 @@ def _other(slots: Slots, fact: Fact) -> Fact:
             return found
 
 
-def _item(slots: Slots, about: Subject, wordings: Wordings) -> Item:
-    made = item_of(slots, about, wordings)
+def _item(slots: Slots, about: Subject, wordings: Wordings, asked: int) -> Item:
+    made = item_of(slots, about, wordings, asked)
     return Item(made.context, made.questions, made.pairs, made.elsewhere)

@@ -18,6 +18,7 @@ from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
 from selfparam.methods.readers import Memory, tokens
 from selfparam.methods.stacked import UNTRAINED, memories
+from selfparam.targets.corrections import held_for
 from selfparam.targets.rehearsal import add_rehearsed
 from selfparam.targets.unrelated import add_unrelated
 from selfparam.types import PAPER, Recipe, Sentence, TargetSet
@@ -70,7 +71,8 @@ class SelfParam:
             with precision(start, self.recipe):
                 chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
                                           temperature=self.recipe.rehearsal_temperature)
-        done = inject(start, chosen, self.recipe.but(seed=seed), teacher=lm if first else None, curvature=curvature)
+        recipe = held_for(start, chosen, self.recipe)[0] if curvature else self.recipe
+        done = inject(start, chosen, recipe.but(seed=seed), teacher=lm if first else None, curvature=curvature)
         if self.keep == "pairs":
             kept += own
         notes = (f"{done.curvature.numbers / 1e6:.1f} million numbers of curvature are kept from step to step, "
