@@ -10,7 +10,7 @@ import torch
 
 from selfparam.errors import InjectionError, ModelError
 from selfparam.inject import inject
-from selfparam.inject.curvature import Curvature, Held, measure
+from selfparam.inject.curvature import MOST, Curvature, Held, measure
 from selfparam.inject.pairs import build_rows
 from selfparam.inject.teacher import teacher_states
 from selfparam.inject.trainable import layer_linears, make_trainable
@@ -120,6 +120,29 @@ def test_gradients_are_those_of_the_penalty(name: str, train: str) -> None:
                for a, b in zip(found, wanted, strict=True) if b is not None)
 
 
+def test_what_is_held_weighs_no_more_than_some_times_what_is_learned() -> None:
+    lm = tiny_lm()
+    recipe = SMALL.but(train="mlp", retention=1.0)
+    found = measure(lm, rows_of(lm))
+    assert found.scored == sum(r.scored for r in rows_of(lm)) and found.plus(found).scored == 2 * found.scored
+
+    def gradient(scored_before: int, scored: float) -> torch.Tensor:
+        model = make_trainable(lm, recipe)
+        held = Held(model, Curvature(found.moments, scored_before), recipe)
+        module = held.layers[0][0]
+        with torch.no_grad():
+            module.weight += 0.1
+            held.add_gradients(scored)
+            module.weight -= 0.1
+        given, module.weight.grad = module.weight.grad, None
+        return given
+
+    one = gradient(int(5 * MOST), 5.0)
+    torch.testing.assert_close(gradient(0, 5.0), one)  # of a file that does not say
+    torch.testing.assert_close(gradient(int(10 * MOST), 5.0), one / 2)
+    torch.testing.assert_close(gradient(int(10 * MOST), 20.0), one / 4)
+
+
 def test_a_first_injection_is_as_without_it_and_a_second_is_held() -> None:
     lm = tiny_lm()
     plain = inject(lm, [SET], EXACT)
@@ -155,7 +178,7 @@ def test_files(tmp_path: Path) -> None:
     path = tmp_path / "moments.safetensors"
     found.save(path)
     again = Curvature.load(path)
-    assert set(again.moments) == set(found.moments)
+    assert set(again.moments) == set(found.moments) and again.scored == found.scored > 0
     assert all(torch.allclose(again.moments[n], m, rtol=1e-5, atol=1e-6 * float(m.abs().max()))
                for n, m in found.moments.items())
     assert 4 * found.numbers < path.stat().st_size < 4 * found.numbers + 10_000

@@ -192,6 +192,7 @@ def test_an_epoch_draws_its_share_of_the_unrelated_rows_and_all_others() -> None
         assert {i for i in chosen if rows[i].related} == set(range(0, 40, 4))
     assert {len(steps) for steps in epochs} == {3}  # half of 150 tokens and 50: always as many
     assert {i for steps in epochs for step in steps for i in step} == set(range(40))
+    assert epoch_steps(rows[1:2], PAPER.but(unrelated_share=0.5), rng) == [[0]]  # never none, where there are some
 
 
 def test_a_fold_rehearses_from_the_second_step_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,8 @@ def inject(
         help="kl: SELF-PARAM; next-word: plain fine-tuning on the same sentences.")] = None,
     retention: Annotated[float | None, typer.Option(
         min=0.0, help="Stores: how strongly what was injected before is held; 0: not at all. Not given: "
-                      f"{SMALL_SEQUENTIAL.retention:g} for small models, else 0.",
+                      f"{SMALL_SEQUENTIAL.retention:g} for small models (a tenth for a document that corrects what the "
+                      "model knows), else 0.",
         show_default=False)] = None,
     rehearsal: Annotated[int | None, typer.Option(
         min=0, help="At most so many sentences that the model writes from memory, where something was injected "

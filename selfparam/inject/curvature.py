@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from selfparam.errors import InjectionError, ModelError
@@ -28,6 +28,7 @@ from selfparam.lm import LM, Conv1D
 from selfparam.types import Recipe
 
 TOKENS = 2048  # of rows that are read together
+MOST = 5.0  # times what is learned now, in scored tokens: what is held weighs no more, or nothing new could be learned
 OTHER = ("the curvature of earlier injections is of another model: inject into the model that it was written with, or "
          "with --retention 0")
 
@@ -37,10 +38,11 @@ class Curvature:
     """moments: {linear module of a layer: [d_in, d_in], Σ w x xᵀ over the tokens of the sentences injected so far}.
 
     x: what came into it; w: |∂(r·h)/∂y|² / d_out, y its output, h the last hidden states of the scored tokens, r random
-    with variance 1.
+    with variance 1. scored: how many of these there were.
     """
 
     moments: dict[str, torch.Tensor]
+    scored: int = 0
 
     @property
     def numbers(self) -> int:
@@ -53,17 +55,21 @@ class Curvature:
             return self
         if {n: m.shape for n, m in self.moments.items()} != {n: m.shape for n, m in other.moments.items()}:
             raise InjectionError(OTHER)
-        return Curvature({name: m + other.moments[name].to(m.device) for name, m in self.moments.items()})
+        return Curvature({name: m + other.moments[name].to(m.device) for name, m in self.moments.items()},
+                         self.scored + other.scored)
 
     def save(self, path: Path) -> None:
         """As safetensors, float32, one triangle of each."""
-        save_file({name: m.cpu()[_triangle(len(m))] for name, m in self.moments.items()}, path)
+        save_file({name: m.cpu()[_triangle(len(m))] for name, m in self.moments.items()}, path,
+                  {"scored": str(self.scored)})
 
     @classmethod
     def load(cls, path: Path) -> Curvature:
         """Raises ModelError where there is none, or a damaged one."""
         try:
-            return cls({name: _whole(half) for name, half in load_file(path).items()})
+            with safe_open(path, "pt") as file:
+                said = file.metadata() or {}
+            return cls({name: _whole(half) for name, half in load_file(path).items()}, int(said.get("scored", 0)))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(f"'{path}' cannot be read: restore it from a copy, or use --retention 0") from error
 
@@ -120,11 +126,11 @@ def measure(lm: LM, rows: Sequence[Row], seed: int = 0) -> Curvature:
             hook.remove()
         for p in trained:
             p.requires_grad_(True)
-    return Curvature(moments)
+    return Curvature(moments, sum(r.scored for r in rows))
 
 
 class Held:
-    """The penalty on what is trained, λ/2 · Σ tr(D C Dᵀ), for each scored token of an epoch.
+    """The penalty on what is trained, λ/2 · Σ tr(D C Dᵀ), for each scored token of an epoch; less where C is of many.
 
     Raises InjectionError where the recipe trains something else than adapters or MLP matrices.
     """
@@ -133,7 +139,7 @@ class Held:
         if recipe.train not in ("lora", "mlp"):
             raise InjectionError(f"what was learned before cannot be held with train = '{recipe.train}': use 'lora' or "
                                  "'mlp', or --retention 0")
-        self.recipe = recipe
+        self.recipe, self.scored = recipe, curvature.scored
         named = {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
         if not set(curvature.moments) <= set(named):
             raise InjectionError(OTHER)
@@ -148,7 +154,7 @@ class Held:
     def add_gradients(self, scored: float) -> None:
         """Add the penalty's gradients. scored: tokens of an epoch."""
         with torch.autocast(self.device.type, enabled=False):
-            self._add_gradients(self.recipe.retention / scored)
+            self._add_gradients(self.recipe.retention / max(scored, self.scored / MOST))
 
     def _add_gradients(self, factor: float) -> None:
         for k, (module, moment) in enumerate(self.layers):

@@ -175,7 +175,7 @@ def epoch_steps(rows: Sequence[Row], recipe: Recipe, rng: random.Random) -> list
     steps_of_epoch = max(1, round(tokens / max(recipe.batch_tokens, min(recipe.most_batch_tokens, tokens / STEPS))))
     if unrelated < 1:
         others = [i for i in order if not rows[i].related]
-        drawn = set(rng.sample(others, round(unrelated * len(others))))
+        drawn = set(rng.sample(others, min(len(others), max(1, round(unrelated * len(others))))))
         order = [i for i in order if rows[i].related or i in drawn]
     rng.shuffle(order)
     share = sum(len(rows[i].student) for i in order) / steps_of_epoch
