@@ -19,6 +19,7 @@ from selfparam.experiments.spec import Table, cells_of
 from selfparam.experiments.summary import retention
 
 COLUMNS = 4
+EACH = 20  # contexts: of more, the curve of each would hide the others
 
 
 def draw(table: Table, rows: Mapping[str, Row], path: str | Path) -> None:
@@ -66,7 +67,8 @@ def _panels(table: Table, rows: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
 
 def _curves(axis: Any, label: str, found: dict[str, Any]) -> None:
     steps, matrix = found["steps"], found["matrix"]
-    axis.plot(steps, matrix, color="tab:blue", alpha=0.25, linewidth=0.8)
+    if matrix.shape[1] <= EACH:
+        axis.plot(steps, matrix, color="tab:blue", alpha=0.25, linewidth=0.8)
     axis.plot(steps, matrix.mean(axis=1), color="tab:blue", linewidth=2, label="all contexts")
     so_far = [(s, matrix[k, :s].mean()) for k, s in enumerate(steps) if s]
     axis.plot(*zip(*so_far, strict=True), color="tab:orange", linewidth=2, label="injected so far")
@@ -79,7 +81,7 @@ def _curves(axis: Any, label: str, found: dict[str, Any]) -> None:
 def _matrix(axis: Any, found: dict[str, Any]) -> Any:
     """Retention: context (row) after how many injections (column)."""
     matrix = np.asarray(found["matrix"]).T
-    image = axis.imshow(matrix, vmin=0, vmax=1, aspect="auto", origin="lower")
+    image = axis.imshow(matrix, vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="nearest")
     axis.set(xlabel="injections", ylabel="context")
     axis.set_xticks(range(len(found["steps"])), [str(s) for s in found["steps"]], fontsize="x-small")
     return image
