@@ -70,7 +70,7 @@ class Curvature:
             with safe_open(path, "pt") as file:
                 said = file.metadata() or {}
             return cls({name: _whole(half) for name, half in load_file(path).items()}, int(said.get("scored", 0)))
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise ModelError(f"'{path}' cannot be read: restore it from a copy, or use --retention 0") from error
 
 
