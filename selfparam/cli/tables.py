@@ -35,7 +35,7 @@ def run(
 ) -> None:
     """Run what is missing of a table; rows go to results/ beside the folder of the table.
 
-    Interrupt it whenever you like: the next run goes on.
+    Interrupt it whenever you like: the next run goes on, inside of a long cell too.
 
     Example: selfparam run tables/single.toml --workers 2
     """

@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from selfparam.experiments.rows import Row
 from selfparam.experiments.spec import Cell, MethodSpec, ModelSpec, Table, cells_of
-from selfparam.methods.finetune import FineTune
-from selfparam.methods.selfparam import SelfParam
+from selfparam.methods import Training
 from selfparam.types import Recipe
 
 CONTEXT_TOKENS, SENTENCE_TOKENS, QUESTIONS, PROMPT_TOKENS = 500, 30, 2.25, 60
@@ -82,7 +81,7 @@ def parameters(model: ModelSpec) -> float:
 def recipe_of(method: MethodSpec) -> Recipe | None:
     """How the method trains, None where it does not."""
     made = method.make()
-    return made.recipe if isinstance(made, (FineTune, SelfParam)) else None
+    return made.recipe if isinstance(made, Training) else None
 
 
 def operations(table: Table, method: MethodSpec, size: float, n: int) -> float:

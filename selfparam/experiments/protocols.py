@@ -16,6 +16,7 @@ from selfparam.data.items import Item
 from selfparam.experiments.lab import Lab
 from selfparam.experiments.recommending import Scores, recommending
 from selfparam.experiments.spec import Cell, Table
+from selfparam.experiments.unfinished import Unfinished
 from selfparam.methods import Reader, Stacking
 from selfparam.methods.readers import ANSWER_TOKENS
 from selfparam.metrics.forgetting import backward_transfer, forgetting
@@ -30,10 +31,10 @@ def members(table: Table, cell: Cell) -> range:
     return range(cell.index * cell.n, (cell.index + 1) * cell.n)
 
 
-def at_once(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet]) -> Scores:
+def at_once(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet], unfinished: Unfinished) -> Scores:
     """single and batch: absorb the contexts of the cell in one call, then ask."""
-    begin = time.perf_counter()
-    reader = cell.method.make().absorb(lab.lm, sets, seed=table.seed)
+    begin, method = time.perf_counter(), cell.method.make()
+    reader = method.absorb(lab.lm, sets, seed=table.seed, **unfinished.options(method))
     absorbed = time.perf_counter() - begin
     scores = scores_of(lab, table, cell, sets, reader)
     scores["seconds"]["absorb"] = absorbed
@@ -66,7 +67,7 @@ def scores_of(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet], rea
     }
 
 
-def sequential(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet]) -> Scores:
+def sequential(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet], unfinished: Unfinished) -> Scores:
     """One sequence: matrix[k][j] = F1 on context j after steps[k] contexts; 0 is the base.
 
     learned: F1 on each context right after its step, just: their mean. f1: mean over all contexts at the end.
@@ -77,19 +78,22 @@ def sequential(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet]) ->
     every = range(0, cell.n + 1, size)
     steps = sorted({0, cell.n} if cell.method.at_once else {*(table.ask_at or every), cell.n})
     reader: Reader | None = None
-    matrix: list[list[float]] = []
-    answers: list[list[str]] = []
-    learned: list[float] = []
-    along: list[Scores] = []
-    absorbing = answering = 0.0
-    if 0 in steps:
+    parts = ("matrix", "answers_by_step", "learned", "along")
+    so_far: Scores = {part: [] for part in parts} | {"seconds": [0.0, 0.0]}
+    before = unfinished.restored(lab.lm)
+    if before:
+        reader, at, so_far = before
+    (matrix, answers, learned, along), seconds = (so_far[part] for part in parts), so_far["seconds"]
+    if 0 in steps and not before:
         matrix.append(base_row(lab, items, answers))
         along.append(lab.base)
-    for start in range(0, cell.n, size):
+    for start in range(at if before else 0, cell.n, size):
         done = min(start + size, cell.n)
+        unfinished.says(f"{cell.method.label} {cell.index + 1}: contexts {start + 1} to {done} of {cell.n}")
         begin = time.perf_counter()
-        reader = method.absorb(lab.lm, sets[start:done], after=reader, seed=table.seed)
-        absorbing += time.perf_counter() - begin
+        whole = unfinished.options(method) if size == cell.n else {}
+        reader = method.absorb(lab.lm, sets[start:done], after=reader, seed=table.seed, **whole)
+        seconds[0] += time.perf_counter() - begin
         begin = time.perf_counter()
         found = asked(reader, items if done in steps else items[start:done])
         scores = list(found["contexts"].values())
@@ -98,7 +102,9 @@ def sequential(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet]) ->
             matrix.append(scores)
             answers.append([one[2] for one in found["answers"]])
             along += [lab.probe(reader.lm)] if table.probes.along and done < cell.n else []
-        answering += time.perf_counter() - begin
+        seconds[1] += time.perf_counter() - begin
+        if done < cell.n:
+            unfinished.keep(reader, done, so_far)
     assert reader is not None  # spec: n is at least 1
     beside = aside(lab, table, reader, items)
     newest = cell.n - (cell.n - 1) // size * size
@@ -110,7 +116,7 @@ def sequential(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet]) ->
         "forgetting": forgetting(earlier, learned, matrix[-1], newest),
         "bwt": backward_transfer(learned, matrix[-1], newest),
         "targets": content_hash(*(s.id for s in sets)), "pairs": sum(len(s.related) for s in sets),
-        "seconds": {"absorb": absorbing, "answer": answering},
+        "seconds": dict(zip(("absorb", "answer"), seconds, strict=True)),
         **({"along": {key: [one[key] for one in (*along, beside)] for key in lab.base}} if table.probes.along else {}),
     }
 
@@ -137,7 +143,7 @@ def base_row(lab: Lab, items: Sequence[Item], answers: list[list[str]]) -> list[
     return [mean(qa_f1(next(left), q.answers) for q in item.questions) for item in items]
 
 
-PROTOCOLS: dict[str, Callable[[Lab, Table, Cell, Sequence[TargetSet]], Scores]] = {
+PROTOCOLS: dict[str, Callable[[Lab, Table, Cell, Sequence[TargetSet], Unfinished], Scores]] = {
     "single": at_once, "batch": at_once, "sequential": sequential, "recommend": recommending,
 }
 

@@ -15,6 +15,7 @@ from selfparam.data.conversations import Request
 from selfparam.errors import ModelError, TableError
 from selfparam.experiments.lab import Lab
 from selfparam.experiments.spec import Asking, Cell, Table
+from selfparam.experiments.unfinished import Unfinished
 from selfparam.methods import Fronted, Reader
 from selfparam.metrics.recall import FILTERS, KS, Row, entity_name, outcomes, recall, rows_of, shares
 from selfparam.targets.recommend import prompt_named, recommend, request, shortened
@@ -23,7 +24,7 @@ from selfparam.types import Question, TargetSet, content_hash
 Scores = dict[str, Any]
 
 
-def recommending(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet]) -> Scores:
+def recommending(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet], unfinished: Unfinished) -> Scores:
     """Absorb, ask, and count hits.
 
     hit_at: for each filter, the least of KS at which each target is a hit (0: at none). units: what each target's
@@ -32,8 +33,8 @@ def recommending(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet]) 
     """
     test = lab.bench.test
     assert test is not None  # lab.benchmark
-    begin = time.perf_counter()
-    reader = cell.method.make().absorb(lab.lm, sets, seed=table.seed)
+    begin, method = time.perf_counter(), cell.method.make()
+    reader = method.absorb(lab.lm, sets, seed=table.seed, **unfinished.options(method))
     absorbed = time.perf_counter() - begin
     begin = time.perf_counter()
     texts, cut = asked(reader, test.requests, table.recommend)

@@ -25,10 +25,11 @@ from selfparam.experiments.protocols import PROTOCOLS, members, stacked
 from selfparam.experiments.recommending import Scores
 from selfparam.experiments.rows import Row, append_row, read_rows, usable, write_rows
 from selfparam.experiments.spec import Cell, ModelSpec, Table, cells_of
+from selfparam.experiments.unfinished import Unfinished
 from selfparam.inject.stack import STACK
 from selfparam.methods import Stacking
 from selfparam.steps import cache_folder, peak_memory_mb, versions
-from selfparam.types import TargetSet
+from selfparam.types import TargetSet, content_hash
 
 Says = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -137,10 +138,10 @@ def _rows(table: Table, model: ModelSpec, lab: Lab, stacks: Sequence[Sequence[Jo
     else:
         for jobs in stacks:
             says(f"{jobs[0].cell.method.label} {', '.join(str(job.cell.index + 1) for job in jobs)}")
-            yield from rows_of(table, lab, jobs)
+            yield from rows_of(table, lab, jobs, says)
 
 
-def rows_of(table: Table, lab: Lab, jobs: Sequence[Job]) -> Iterator[Row]:
+def rows_of(table: Table, lab: Lab, jobs: Sequence[Job], says: Says = lambda text: None) -> Iterator[Row]:
     """The rows of jobs that are done together; one by one where that fails, so that only the guilty ones do."""
     method = jobs[0].cell.method.make()
     if len(jobs) > 1 and isinstance(method, Stacking):
@@ -151,17 +152,20 @@ def rows_of(table: Table, lab: Lab, jobs: Sequence[Job]) -> Iterator[Row]:
         except (ModelError, InjectionError, TargetError):
             pass
     for job in jobs:
-        yield row_of(table, lab, job)
+        yield row_of(table, lab, job, says)
 
 
-def row_of(table: Table, lab: Lab, job: Job) -> Row:
+def row_of(table: Table, lab: Lab, job: Job, says: Says) -> Row:
     """The row of one cell. What a method cannot do is a row with "error"; other errors end the run."""
+    key = content_hash(job.cell.id, lab.model_hash, data_hash(table, lab, job.cell))
+    unfinished = Unfinished(table.results.with_suffix(".unfinished") / key, says)
     try:
-        scores = PROTOCOLS[table.protocol](lab, table, job.cell, job.sets)
+        scores = PROTOCOLS[table.protocol](lab, table, job.cell, job.sets, unfinished)
     except (AuthorError, TableError):
         raise
     except (ModelError, InjectionError, TargetError) as error:
         scores = {"error": str(error)}
+    unfinished.drop()
     return _row(table, lab, job.cell, scores)
 
 

@@ -60,15 +60,16 @@ class Position:
 class Checkpoints:
     """The checkpoints of one injection in a folder of its own.
 
-    every: seconds between two. advice: how to continue, for the message when it is stopped. note: takes a line for
-    whatever went wrong without stopping the training. `stop`: set it (from a signal handler) to save and stop after
-    the step that is running.
+    every: seconds between two, or ten times what writing the last one took, if that is more. advice: how to continue,
+    for the message when it is stopped. note: takes a line for whatever went wrong without stopping the training.
+    `stop`: set it (from a signal handler) to save and stop after the step that is running.
     """
 
     def __init__(self, folder: str | Path, *, every: float = 60.0, advice: str = "",
                  note: Callable[[str], None] = lambda line: None) -> None:
         self.folder, self.every, self.advice, self.note = Path(folder), every, advice, note
         self.stop = self.training = False
+        self._took = 0.0
         self._about = ""
         self._saved = time.monotonic()
         self._parts: tuple[Sequence[torch.nn.Parameter], Sequence[torch.optim.Optimizer]] = ((), ())
@@ -116,7 +117,7 @@ class Checkpoints:
             if not self._try(lambda: self._save(at)):
                 raise OutputError("stopped, but the checkpoint could not be written: make room and run it again")
             raise StoppedError(f"stopped after step {at.step}, everything is saved: continue with  {self.advice}")
-        if last or time.monotonic() - self._saved >= self.every:
+        if last or time.monotonic() - self._saved >= max(self.every, 10 * self._took):
             self._try(lambda: self._save(at))
 
     def end(self) -> None:
@@ -125,7 +126,7 @@ class Checkpoints:
     # --- files --------------------------------------------------------------------------------------------------
 
     def _save(self, at: Position) -> None:
-        name = f"step-{at.step:08d}"
+        begin, name = time.monotonic(), f"step-{at.step:08d}"
         tensors: Tensors = {"random": torch.get_rng_state()}
         parameters, optimizers = self._parts
         if torch.cuda.is_available() and any(p.is_cuda for p in parameters):
@@ -140,6 +141,7 @@ class Checkpoints:
             remove(old)
             remove(old.with_suffix(".safetensors"))
         self._saved = time.monotonic()
+        self._took = self._saved - begin
 
     def _put(self, tensors: Tensors, place: Path, says: Path, known: dict[str, Any]) -> None:
         """Tensors into `place`, and then what is known about them, with their hash, into `says`."""

@@ -16,9 +16,10 @@ from selfparam.methods.dpr import DPR
 from selfparam.methods.finetune import FineTune
 from selfparam.methods.infllm import InfLLM
 from selfparam.methods.memoryllm import MemoryLLM
-from selfparam.methods.protocol import Fronted, Method, Reader, Stacking
+from selfparam.methods.protocol import Fronted, Method, Reader, Stacking, Training
 from selfparam.methods.raptor import Raptor
-from selfparam.methods.selfparam import SelfParam
+from selfparam.methods.readers import Memory
+from selfparam.methods.selfparam import Keeping, SelfParam
 from selfparam.types import (
     FAST,
     PAPER,
@@ -30,7 +31,8 @@ from selfparam.types import (
     Recipe,
 )
 
-__all__ = ["METHODS", "RECIPES", "Fronted", "Method", "Reader", "Stacking", "make_method"]
+__all__ = ["METHODS", "RECIPES", "Fronted", "Keeping", "Memory", "Method", "Reader", "Stacking", "Training",
+           "make_method"]
 
 METHODS: dict[str, type[Any]] = {
     "base": Base,

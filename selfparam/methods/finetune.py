@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from selfparam.inject import inject
+from selfparam.inject.checkpoint import Checkpoints
 from selfparam.inject.stack import refusal
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
@@ -42,10 +43,13 @@ class FineTune:
     def stacks(self) -> bool:
         return not refusal(self.recipe)
 
-    def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0) -> Reader:
+    def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0,
+               checkpoints: Checkpoints | None = None) -> Reader:
         start = after.lm if after else lm
         chosen = self._chosen(start, sets, seed)
-        return Memory(inject(start, chosen, self._recipe(seed)).lm) if chosen else Memory(start, UNTRAINED)
+        if not chosen:
+            return Memory(start, UNTRAINED)
+        return Memory(inject(start, chosen, self._recipe(seed), checkpoints=checkpoints).lm)
 
     def absorb_each(self, lm: LM, sets: Sequence[TargetSet], *, seed: int = 0) -> Iterator[Reader]:
         return memories(lm, sets, lambda one: self._chosen(lm, [one], seed), self._recipe(seed))

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+from selfparam.inject.checkpoint import Checkpoints
 from selfparam.lm import LM
-from selfparam.types import Question, TargetSet
+from selfparam.types import Question, Recipe, TargetSet
 
 
 class Reader(Protocol):
@@ -55,6 +56,17 @@ class Method(Protocol):
         when it absorbed earlier contexts; what it knows is kept as well as the method can. Raises SelfParamError.
         """
         ...
+
+
+@runtime_checkable
+class Training(Protocol):
+    """A Method that trains as its recipe says; it can be interrupted and go on from checkpoints."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0,
+               checkpoints: Checkpoints | None = None) -> Reader: ...
 
 
 @runtime_checkable
