@@ -139,10 +139,13 @@ def pairs_by(author: Author, contexts: Sequence[Context], pairs: int, journal: J
             author.progress = bar
 
         def make(part: Sequence[Context]) -> list[tuple[tuple[Sentence, ...], Report]]:
-            return write_pairs(part, author, pairs=pairs, rounds=rounds,
+            return write_pairs(part, author, pairs=pairs, rounds=rounds, strict=False,
                                progress=lambda kept, wanted: bar.says(f"writing pairs ({kept} of {wanted} kept)"))
 
         written = make(contexts) if cache is None else cached(cache, contexts, author, pairs, make)
+    for _, report in written:
+        if report.nothing:
+            raise TargetError(report.nothing)
     dropped: Counter[str] = Counter()
     for _, report in written:
         dropped.update(report.dropped)

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from selfparam.errors import AuthorError, DataError, OutputError, TargetError
 from selfparam.metrics.qa_f1 import tokens
+from selfparam.report import Journal
+from selfparam.steps import pairs_by
 from selfparam.targets import (
     EndpointAuthor,
     LocalAuthor,
@@ -210,6 +212,16 @@ def test_nothing_usable_says_what_the_author_wrote() -> None:
     with pytest.raises(TargetError, match=r"'clock'.*'According to the text\? I am sorry, ") as error:
         write_pairs([HARBOUR, CLOCK], author, rounds=1)
     assert len(one_line(error)) < 300
+
+
+def test_nothing_about_one_context_costs_nothing_of_the_others(tmp_path: Path) -> None:
+    author = Scripted({"harbour": [lines(1)], "clock": ["I am sorry", lines(5)]})
+    journal = Journal(True)
+    with pytest.raises(TargetError, match=r"'clock'.*'I am sorry'"):
+        pairs_by(author, [HARBOUR, CLOCK], 1, journal, tmp_path, rounds=1)
+    sets, _ = pairs_by(author, [HARBOUR, CLOCK], 1, journal, tmp_path, rounds=1)
+    assert [one.related[0].completion for one in sets] == ["It is 1", "It is 5"]
+    assert [call[0] for call in author.calls] == [["harbour", "clock"], ["clock"]]
 
 
 def test_nothing_usable_counts_the_reasons() -> None:

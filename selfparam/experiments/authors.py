@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from selfparam.data.items import Item
-from selfparam.errors import AuthorError, TableError, TargetError
+from selfparam.errors import TableError
 from selfparam.experiments.spec import AuthorSpec
 from selfparam.lm import LM
 from selfparam.metrics.qa_f1 import qa_f1, tokens
 from selfparam.targets import Author, EndpointAuthor, LocalAuthor, cached, write_pairs
 from selfparam.targets.files import Written
-from selfparam.targets.parse import Report
 from selfparam.targets.recommend import prompt_named, recommendations
 from selfparam.types import Context, Sentence, TargetSet
 
@@ -49,7 +48,7 @@ def sets_by(name: str, authors: dict[str, AuthorSpec], lm: LM, items: Sequence[I
 
     def make(contexts: Sequence[Context]) -> list[Written]:
         says(f"pairs by {name}: {len(contexts)} contexts")
-        return _written(contexts, author, spec)
+        return write_pairs(contexts, author, pairs=spec.pairs, rounds=spec.rounds, strict=False)
 
     found = cached(cache, [item.context for item in items], author, spec.pairs, make)
     sets = [TargetSet(item.context, sentences, (), author.id)
@@ -62,18 +61,6 @@ def _author(spec: AuthorSpec, lm: LM, seed: int) -> Author:
         return EndpointAuthor(spec.model, spec.url or None, prompt=spec.prompt or "paper")
     writer = lm if spec.model in ("self", lm.name) else LM.load(spec.model)
     return LocalAuthor(writer, spec.prompt or "brief", temperature=spec.temperature, seed=seed, checked=spec.checked)
-
-
-def _written(contexts: Sequence[Context], author: Author, spec: AuthorSpec) -> list[Written]:
-    """What the author writes; where that fails for one context of many, each on its own, empty where nothing comes."""
-    try:
-        return write_pairs(contexts, author, pairs=spec.pairs, rounds=spec.rounds)
-    except AuthorError:
-        raise
-    except TargetError:
-        if len(contexts) == 1:
-            return [((), Report(spec.pairs, 0, spec.rounds, {}))]
-        return [one for x in contexts for one in _written([x], author, spec)]
 
 
 def _unasked(sets: Sequence[TargetSet], items: Sequence[Item]) -> list[TargetSet]:

@@ -31,13 +31,14 @@ _SPARE = 2
 
 def write_pairs(
     contexts: Sequence[Context], author: Author, *, pairs: int = 15, rounds: int = ROUNDS,
-    progress: Progress | None = None,
+    progress: Progress | None = None, strict: bool = True,
 ) -> list[tuple[tuple[Sentence, ...], Report]]:
     """At most `pairs` distinct pairs about each context, in the order of `contexts`, and what became of the others.
 
     A later round asks only about contexts that still lack pairs and shows the author their questions.
     progress: called after each round with (pairs kept, pairs requested), both over all contexts.
-    Raises TargetError where nothing usable was written about a context, AuthorError when the author fails.
+    Raises TargetError where nothing usable was written about a context (strict; else its report says so in `nothing`),
+    AuthorError when the author fails.
     """
     if pairs < 1 or rounds < 1:
         raise TargetError(f"{pairs} pairs in {rounds} rounds cannot be written: ask for at least one pair in one round")
@@ -67,12 +68,13 @@ def write_pairs(
             kept[i] = (kept[i] + new)[:pairs]
         if progress:
             progress(sum(map(len, kept)), pairs * len(contexts))
-    for i, context in enumerate(contexts):
-        if not kept[i]:
-            raise TargetError(_nothing(context, wrote[i], asked[i], dropped[i]))
+    about = zip(contexts, wrote, asked, dropped, strict=True)
+    nothing = ["" if found else _nothing(*why) for found, why in zip(kept, about, strict=True)]
+    if strict and any(nothing):
+        raise TargetError(next(filter(None, nothing)))
     return [
-        (tuple(Sentence(q, a, x.id) for q, a in found), Report(pairs, len(found), times, dict(why)))
-        for x, found, times, why in zip(contexts, kept, asked, dropped, strict=True)
+        (tuple(Sentence(q, a, x.id) for q, a in found), Report(pairs, len(found), times, dict(lost), said))
+        for x, found, times, lost, said in zip(contexts, kept, asked, dropped, nothing, strict=True)
     ]
 
 

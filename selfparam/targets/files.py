@@ -110,6 +110,8 @@ def cached(folder: str | Path, contexts: Sequence[Context], author: Author, pair
         part = missing[start : start + _AT_ONCE]
         for i, (sentences, report) in zip(part, make([contexts[i] for i in part]), strict=True):
             found[i] = (sentences, report)
+            if not sentences:
+                continue  # it is asked for again
             entry = {"title": contexts[i].title, "author": author.id, "report": asdict(report),
                      "pairs": [[s.prompt, s.completion] for s in sentences]}
             _write(files[i], json.dumps(entry, ensure_ascii=False, indent=1) + "\n")

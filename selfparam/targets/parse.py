@@ -58,12 +58,16 @@ _WRITES_ORDER = re.compile(
 
 @dataclass(frozen=True)
 class Report:
-    """What an author was asked for and what is left: counts of pairs, of rounds, and of dropped pairs by reason."""
+    """What an author was asked for and what is left: counts of pairs, of rounds, and of dropped pairs by reason.
+
+    nothing: what to tell a user where no pair is left.
+    """
 
     requested: int
     kept: int
     rounds: int
     dropped: dict[str, int] = field(default_factory=dict)
+    nothing: str = ""
 
 
 def parse_pairs(text: str) -> list[Pair]:
