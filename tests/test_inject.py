@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from selfparam.errors import InjectionError
 from selfparam.inject import inject, objective
 from selfparam.inject.objective import Head, kl, kl_tokens, next_word
-from selfparam.inject.pairs import SHAPE, STEPS, Row, build_rows, epoch_steps, offsets, pack
+from selfparam.inject.pairs import SHAPE, STEPS, WORD, Row, build_rows, epoch_steps, offsets, pack
 from selfparam.inject.teacher import check_head, head_of, teacher_states
 from selfparam.inject.trainable import layer_linears, lora_targets
 from selfparam.lm import LM
@@ -118,8 +118,12 @@ def test_packed_equals_unpacked(kind: str) -> None:
     lm = tiny_lm(kind)
     rows, _ = build_rows(lm, [a_set()], PAPER)
     starts = offsets(rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        packed = pack(rows, range(len(rows)), starts, 100, 0)
+    assert packed.ids.shape[1] % SHAPE == 0 and len(packed.index) % SHAPE == 0
     packed = pack(rows, range(len(rows)), starts, 100, 0)
-    assert len(packed.ids) < len(rows) and packed.ids.shape[1] % SHAPE == 0 and len(packed.index) % SHAPE == 0
+    assert len(packed.ids) < len(rows) and packed.ids.shape[1] % WORD == 0 and len(packed.index) % WORD == 0
+    assert packed.ids.numel() - sum(len(r.student) for r in rows) < 2 * WORD * len(packed.ids)
     with torch.no_grad():
         h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)[packed.index]
         for row, start in zip(rows, starts, strict=True):

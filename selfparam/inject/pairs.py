@@ -16,7 +16,8 @@ from selfparam.errors import InjectionError
 from selfparam.lm import LM
 from selfparam.types import Recipe, Sentence, TargetSet
 
-SHAPE = 64  # lines and scored tokens come in multiples: matrix products are prepared anew for every other shape
+SHAPE = 64  # on a CPU lines and scored tokens come in multiples: bf16 products are prepared anew for every other shape
+WORD = 8  # multiples elsewhere
 STEPS = 32  # of an epoch: with more, steps become larger instead, up to the recipe's `most_batch_tokens`
 
 
@@ -87,7 +88,7 @@ class Pack:
 
     position_ids restart with every row. index [N] = flat places whose outputs predict the scored tokens,
     source [N] = where their targets lie among all scored tokens, weight [N]. The first is repeated with weight 0 until
-    N is a multiple of SHAPE.
+    N is rounded up.
     """
 
     ids: torch.Tensor
@@ -110,19 +111,15 @@ def offsets(rows: Sequence[Row]) -> list[int]:
 
 
 def pack(rows: Sequence[Row], chosen: Sequence[int], starts: Sequence[int], width: int, pad: int) -> Pack:
-    """Pack the chosen rows into lines of `width` tokens (or the longest row), first fit by falling length."""
-    width = max(width, max(len(rows[i].student) for i in chosen))
-    lines: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(chosen, key=lambda i: -len(rows[i].student)):
-        line = next((k for k, free in enumerate(room) if free >= len(rows[i].student)), None)
-        if line is None:
-            lines.append([])
-            room.append(width)
-            line = len(lines) - 1
-        lines[line].append(i)
-        room[line] -= len(rows[i].student)
-    return lay(rows, lines, starts, width - min(room), pad)
+    """Pack the chosen rows into even lines of about `width` tokens (or the longest row), with few unused places."""
+    sizes = [len(rows[i].student) for i in chosen]
+    few = max(1, sum(sizes) // max(width, *sizes))
+
+    def places(lines: Sequence[Sequence[int]]) -> int:
+        return len(lines) * _rounded(max(line_tokens(rows, line) for line in lines))
+
+    lines = min((even_lines(rows, chosen, count) for count in (few, few + 1)), key=places)
+    return lay(rows, lines, starts, max(line_tokens(rows, line) for line in lines), pad)
 
 
 def even_lines(rows: Sequence[Row], chosen: Sequence[int], count: int) -> list[list[int]]:
@@ -141,9 +138,15 @@ def line_tokens(rows: Sequence[Row], line: Sequence[int]) -> int:
     return sum(len(rows[i].student) for i in line)
 
 
+def _rounded(tokens: int) -> int:
+    """Up to a multiple of SHAPE where products are in bf16 on a CPU, else of WORD."""
+    to = SHAPE if torch.is_autocast_enabled("cpu") else min(SHAPE, WORD)
+    return -(-tokens // to) * to
+
+
 def lay(rows: Sequence[Row], lines: Sequence[Sequence[int]], starts: Sequence[int], width: int, pad: int) -> Pack:
-    """Lay rows into lines of `width` tokens (rounded up to SHAPE), as the lists of their numbers say."""
-    width = -(-width // SHAPE) * SHAPE
+    """Lay rows into lines of `width` tokens (rounded up), as the lists of their numbers say."""
+    width = _rounded(width)
     ids = torch.full((len(lines), width), pad)
     positions = torch.zeros_like(ids)
     index: list[int] = []
@@ -160,7 +163,7 @@ def lay(rows: Sequence[Row], lines: Sequence[Sequence[int]], starts: Sequence[in
             weight += [row.weight] * row.scored
             at += n
         # unused places are rows of one token each, so that no row attends to them
-    more = -len(index) % SHAPE
+    more = _rounded(len(index)) - len(index)
     index, source = index + index[:1] * more, source + source[:1] * more
     return Pack(ids, positions, torch.tensor(index), torch.tensor(source), torch.tensor(weight + [0.0] * more))
 

@@ -108,23 +108,24 @@ def apply(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
 
 @contextmanager
 def lean(model: Any, width: int) -> Iterator[None]:
-    """Inside autocast: nothing is computed in every step that is needed once. The numbers stay, to rounding.
+    """Nothing is computed in every step that is needed once. The numbers stay, to rounding.
 
-    Copies of frozen matrices are made once. Adapters take their input as it comes, and their scaling and sum are part
-    of the matrix product. On a CPU packed lines of `width` tokens, if short, are attended to with the scores spelled
-    out: the backward pass of its fused attention takes three times as long in bf16. Afterwards all is as it was;
-    nothing to do without autocast, or where weights are cut over processes.
+    Adapters take their input as it comes, and their scaling and sum are part of the matrix product. Inside autocast
+    copies of frozen matrices are made once, and on a CPU packed lines of `width` tokens, if short, are attended to with
+    the scores spelled out: the backward pass of its fused attention takes three times as long in bf16. Afterwards all
+    is as it was; nothing to do where weights are cut over processes, or are not float32 without autocast.
     """
     kind = model.device.type
-    if not torch.is_autocast_enabled(kind) or is_sharded(model):
+    cast = torch.is_autocast_enabled(kind)
+    if is_sharded(model) or not (cast or model.dtype == torch.float32):
         yield
         return
     head = model.get_output_embeddings()
     matrices = [m.weight for m in model.modules() if isinstance(m, LINEAR) and m is not head]
-    frozen = [w for w in matrices if not w.requires_grad]
+    frozen = [w for w in matrices if cast and not w.requires_grad]
     kept = [w.data for w in frozen]
     adapted = [m for m in model.modules() if isinstance(m, Linear) and _simple(m)]
-    spelled = kind == "cpu" and width <= SHORT_LINE and model.config._attn_implementation == "sdpa"
+    spelled = cast and kind == "cpu" and width <= SHORT_LINE and model.config._attn_implementation == "sdpa"
     try:
         for w in frozen:
             w.data = w.data.to(torch.get_autocast_dtype(kind))
