@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfparam import targets
 from selfparam.errors import AuthorError, DataError, OutputError, TargetError
 from selfparam.metrics.qa_f1 import tokens
 from selfparam.report import Journal
@@ -245,12 +246,29 @@ def test_a_local_author_is_checked_by_reading_again(monkeypatch: pytest.MonkeyPa
         asked.append(list(zip(questions, contexts, strict=True)))
         return [says[q[-2]] for q in questions]
 
+    monkeypatch.setattr(targets, "TOGETHER", 1)
     monkeypatch.setattr(lm, "answer", answer)
     monkeypatch.setattr(LocalAuthor, "write", lambda *_: [next(texts)])
     ((sentences, report),) = write_pairs([HARBOUR], LocalAuthor(lm), pairs=2, rounds=3)
     assert [s.completion for s in sentences] == ["It is 1", "two"]
     assert report == Report(2, 2, 3, {"answered otherwise": 3})
     assert asked[0] == [("What is number 1?", HARBOUR.text), ("What is number 2?", HARBOUR.text)]
+
+
+def test_a_local_author_is_asked_several_times_at_once_about_few_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def write(self: LocalAuthor, contexts: Sequence[Context], existing: Sequence[Any], n: int) -> list[str]:
+        calls.append([x.title for x in contexts])
+        return [lines(len(calls), 10 * len(calls) + i) for i in range(len(contexts))]
+
+    monkeypatch.setattr(targets, "TOGETHER", 4)
+    monkeypatch.setattr(LocalAuthor, "write", write)
+    written = write_pairs([HARBOUR, CLOCK], LocalAuthor(tiny_lm(), checked=False), pairs=6, rounds=3)
+    assert calls == [["harbour", "clock"], ["harbour"] * 2 + ["clock"] * 2, ["harbour"] * 2 + ["clock"] * 2]
+    (first, report), _ = written
+    assert [s.completion for s in first] == [f"It is {i}" for i in (1, 10, 2, 20, 21, 3)]
+    assert report == Report(6, 6, 3, {"duplicate": 2})
 
 
 def test_an_unchecked_local_author_keeps_what_it_wrote(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,9 @@ __all__ = [
 ROUNDS = 10
 #: Pairs asked for beyond those that lack, because some will be dropped.
 _SPARE = 2
+#: Texts that a local author samples together: a later round asks it several times about each of a few contexts, which
+#: takes little longer than once.
+TOGETHER = 12
 
 
 def write_pairs(
@@ -35,7 +38,8 @@ def write_pairs(
 ) -> list[tuple[tuple[Sentence, ...], Report]]:
     """At most `pairs` distinct pairs about each context, in the order of `contexts`, and what became of the others.
 
-    A later round asks only about contexts that still lack pairs and shows the author their questions.
+    A later round asks only about contexts that still lack pairs and shows the author their questions; a local author is
+    asked several times at once where they are few.
     progress: called after each round with (pairs kept, pairs requested), both over all contexts.
     Raises TargetError where nothing usable was written about a context (strict; else its report says so in `nothing`),
     AuthorError when the author fails.
@@ -50,14 +54,18 @@ def write_pairs(
         if not lacking:
             break
         n = pairs if turn == 0 else max(pairs - len(kept[i]) for i in lacking) + _SPARE
-        texts = author.write([contexts[i] for i in lacking], [tuple(kept[i]) for i in lacking], n)
-        found = []
-        for i, text in zip(lacking, texts, strict=True):
-            new, reasons = keep_pairs(parse_pairs(text), kept[i], context=contexts[i].text)
-            found.append(new)
+        times = max(1, TOGETHER // len(lacking)) if turn and isinstance(author, LocalAuthor) else 1
+        order = [i for i in lacking for _ in range(times)]
+        texts = author.write([contexts[i] for i in order], [tuple(kept[i]) for i in order], n)
+        by_context: dict[int, list[Pair]] = {i: [] for i in lacking}
+        for i, text in zip(order, texts, strict=True):
+            new, reasons = keep_pairs(parse_pairs(text), kept[i] + by_context[i], context=contexts[i].text)
+            by_context[i] += new
             dropped[i].update(reasons)
-            asked[i] += 1
             wrote[i] = text
+        found = list(by_context.values())
+        for i in lacking:
+            asked[i] += 1
         if isinstance(author, LocalAuthor) and author.checked:
             confirmed = _confirmed(author.lm, [contexts[i].text for i in lacking], found)
             for i, new, sure in zip(lacking, found, confirmed, strict=True):
