@@ -201,6 +201,12 @@ def test_rounds_ask_only_who_lacks_and_show_what_exists() -> None:
     assert shown == [(4, 6), (6, 6)]
 
 
+def test_the_answers_that_came_up_least_are_kept() -> None:
+    text = "\n".join(f"Question: What is number {i}?\nAnswer: {answer}" for i, answer in enumerate("aaabac"))
+    ((sentences, _),) = write_pairs([HARBOUR], Scripted({"harbour": [text]}), pairs=4)
+    assert [s.completion for s in sentences] == ["a", "b", "c", "a"]
+
+
 def test_rounds_end_with_what_there_is() -> None:
     author = Scripted({"harbour": [lines(1), "nothing", lines(1, 2)]})
     ((sentences, report),) = write_pairs([HARBOUR], author, pairs=9, rounds=3)

@@ -73,7 +73,7 @@ def write_pairs(
                     dropped[i]["answered otherwise"] += len(new) - len(sure)
             found = confirmed
         for i, new in zip(lacking, found, strict=True):
-            kept[i] = (kept[i] + new)[:pairs]
+            kept[i] += _rarest(new, kept[i], pairs - len(kept[i]))
         if progress:
             progress(sum(map(len, kept)), pairs * len(contexts))
     about = zip(contexts, wrote, asked, dropped, strict=True)
@@ -84,6 +84,17 @@ def write_pairs(
         (tuple(Sentence(q, a, x.id) for q, a in found), Report(pairs, len(found), times, dict(lost), said))
         for x, found, times, lost, said in zip(contexts, kept, asked, dropped, nothing, strict=True)
     ]
+
+
+def _rarest(new: Sequence[Pair], kept: Sequence[Pair], count: int) -> list[Pair]:
+    """At most `count` of the new pairs: always the one whose answer has come up least, so that no fact is left out."""
+    times = Counter(tuple(tokens(answer)) for _, answer in kept)
+    left, chosen = list(new), list[Pair]()
+    while left and len(chosen) < count:
+        chosen.append(min(left, key=lambda pair: times[tuple(tokens(pair[1]))]))
+        left.remove(chosen[-1])
+        times[tuple(tokens(chosen[-1][1]))] += 1
+    return chosen
 
 
 def build_target_set(
