@@ -207,6 +207,13 @@ def test_rows_say_everything_and_a_second_run_does_nothing(tmp_path: Path, model
     assert again.ran == 0 and table.results.read_bytes() == before and len(Knows.calls) == 3
 
 
+def test_questions_are_hashes_where_they_may_not_be_passed_on(tmp_path: Path, model: str) -> None:
+    table = make(tmp_path, model, KNOWS, contexts=1, more="keep_questions = false\n")
+    run_table(table)
+    [row] = lines(table)
+    assert [len(question) for _, question, _, _ in row["answers"]] == [16, 16] and row["f1"] == 1
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make(tmp_path, model, KNOWS, contexts=4)
     whole = Knows.absorb

@@ -171,6 +171,8 @@ def row_of(table: Table, lab: Lab, job: Job, says: Says) -> Row:
 
 def _row(table: Table, lab: Lab, cell: Cell, scores: Scores) -> Row:
     """Scores with their provenance."""
+    if not table.keep_questions and "answers" in scores:
+        scores["answers"] = [(about, content_hash(text), *rest) for about, text, *rest in scores["answers"]]
     return {
         "cell": cell.id, "table": table.name, "protocol": table.protocol, "model": cell.model.shown,
         "method": cell.method.label, "author": cell.method.author, "n": cell.n, "index": cell.index,

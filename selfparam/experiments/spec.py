@@ -141,7 +141,8 @@ class Table:
 
     sequences, ask_at: for sequential: how many, and after how many contexts all questions are asked (empty: each step).
     per_step: for sequential: contexts that are absorbed in one step (a day's).
-    questions: at most so many for each context (0: all). about: the text above the table. recommend: its questions.
+    questions: at most so many for each context (0: all). keep_questions: whether rows have their texts, or hashes
+    (data that may not be passed on). about: the text above the table. recommend: its questions.
     """
 
     title: str
@@ -158,6 +159,7 @@ class Table:
     ask_at: tuple[int, ...] = ()
     per_step: int = 1
     questions: int = 0
+    keep_questions: bool = True
     seed: int = 0
     folder: str = "."
     name: str = "table"
