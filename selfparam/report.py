@@ -7,8 +7,9 @@ anything is computed. Source: none, presentation only.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -18,21 +19,34 @@ from rich.table import Table
 from selfparam.store import number
 from selfparam.store.snapshots import Snapshot
 
+EVERY = 60.0  # seconds between two lines of progress where stderr is no terminal
 _WIDTH = 120  # columns of a table where stdout is no terminal
 
 
 class Bar:
-    """One line of progress: call it with (done, total); `says` changes its words, `then` starts the next line."""
+    """One line of progress: call it with (done, total); `says` changes its words, `then` starts the next line.
 
-    def __init__(self, progress: Progress, title: str) -> None:
-        self._progress = progress
+    log: takes the line as text now and then, where there is no terminal to draw it on.
+    """
+
+    def __init__(self, progress: Progress, title: str, log: Callable[[str], None] | None = None) -> None:
+        self._progress, self._log, self._logged = progress, log, time.monotonic()
         self.then(title)
 
     def __call__(self, done: int, total: int) -> None:
         self._progress.update(self._task, completed=done, total=total, count=f"{done}/{total}", left="left")
+        self._tell()
 
     def says(self, text: str) -> None:
         self._progress.update(self._task, description=text)
+        self._tell()
+
+    def _tell(self) -> None:
+        if not self._log or time.monotonic() - self._logged < EVERY:
+            return
+        self._logged, task = time.monotonic(), self._progress.tasks[self._task]
+        left = f", about {timedelta(seconds=int(task.time_remaining))} left" if task.time_remaining else ""
+        self._log(f"{task.description} {task.fields['count']} after {timedelta(seconds=int(task.elapsed or 0))}{left}")
 
     def then(self, title: str) -> None:
         self._task = self._progress.add_task(title, total=None, count="", left="")
@@ -41,7 +55,8 @@ class Bar:
 class Journal:
     """What happens while a command runs: steps with progress, notes, seconds of each step.
 
-    Silent where stderr is no terminal; with `machine` (--json) notes are kept but not printed either.
+    Where stderr is no terminal a long step prints a line a minute; with `machine` (--json) nothing is printed, notes
+    are kept.
     """
 
     def __init__(self, machine: bool = False) -> None:
@@ -59,7 +74,7 @@ class Journal:
                    TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TimeRemainingColumn())
         quiet = self._machine or not self._console.is_terminal
         with Progress(*columns, console=self._console, disable=quiet, speed_estimate_period=600) as progress:
-            yield Bar(progress, title)
+            yield Bar(progress, title, self._print if quiet and not self._machine else None)
             for task in progress.tasks:
                 progress.update(task.id, total=task.total or 1, completed=task.total or 1)
         self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - begin
@@ -68,7 +83,10 @@ class Journal:
         """Something that the user has to know, such as a file that was skipped."""
         self.notes.append(text)
         if not self._machine:
-            self._console.print(f"note: {plain(text)}", soft_wrap=True)
+            self._print(f"note: {text}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(plain(text), soft_wrap=True)
 
     @property
     def elapsed(self) -> float:

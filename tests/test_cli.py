@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import selfparam
-from selfparam import steps
+from selfparam import report, steps
 from selfparam.cli import main
 from selfparam.errors import TargetError
 from selfparam.lm import LM
@@ -349,6 +349,19 @@ def test_long_contexts_are_split_and_told() -> None:
     assert all(len(lm.encode(piece.text)) < lm.window - 300 for piece in pieces)
     [note] = journal.notes
     assert note == f"'many' is longer than the window of 1024 tokens allows: split into {len(pieces) - 1} contexts"
+
+
+def test_without_a_terminal_long_steps_print_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+                                                   ) -> None:
+    for every, machine, lines in ((60.0, False, 0), (0.0, True, 0), (0.0, False, 3)):
+        monkeypatch.setattr(report, "EVERY", every)
+        with Journal(machine).step("reading") as bar:
+            bar(1, 4)
+            bar.says("reading [b]on[/b]")
+            bar(2, 4)
+        found = capsys.readouterr().err.splitlines()
+        assert len(found) == lines
+    assert found[0].startswith("reading 1/4 after 0:00:0") and found[2].startswith("reading [b]on[/b] 2/4 after")
 
 
 def test_recipes_go_by_size() -> None:
