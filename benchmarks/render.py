@@ -71,6 +71,7 @@ OUT = "--out benchmarks/results/{}.json"
 PARTS = {
     "injection": (injection, "make bench", "performance.svg"),
     "injection100": (injection, f"python -m benchmarks.injection --contexts 100 --epochs 2 --only plain {OUT}", ""),
+    "injection_float32": (injection, f"python -m benchmarks.injection --contexts 5 --epochs 4 --only plain {OUT}", ""),
     "reach": (reach, f"python -m benchmarks.reach {OUT}", ""),
     "growth": (growth, "make bench", "growth.svg"),
     "gpu": (gpu, f"python -m benchmarks.gpu {OUT}", ""),
