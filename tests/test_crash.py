@@ -291,7 +291,7 @@ def test_files_that_may_not_grow(server: Server, taught: str) -> None:
 def mounted(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True)
     if done.returncode:
         pytest.skip("mounting is not permitted here")
     yield place

@@ -50,7 +50,7 @@ def test_system_turns() -> None:
 def test_the_baselines_are_trained_on_completions_alone(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[TargetSet, Recipe]] = []
 
-    def watched(given: LM, sets: Sequence[TargetSet], recipe: Recipe) -> Injection:
+    def watched(given: LM, sets: Sequence[TargetSet], recipe: Recipe, **_: object) -> Injection:
         trained.append((sets[0], recipe))
         return inject(given, sets, recipe.but(precision="fp32"))
 

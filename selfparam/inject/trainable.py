@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -133,7 +133,7 @@ def lean(model: Any, width: int) -> Iterator[None]:
             m.forward = partial(_adapted, m)
         if spelled:
             model.set_attn_implementation("eager")
-        with disable_input_dtype_casting(model):
+        with disable_input_dtype_casting(model) if adapted else nullcontext():  # it knows LoRA only
             yield
     finally:
         if spelled:
