@@ -125,7 +125,8 @@ def test_one_call_goes_on_from_its_checkpoint(tmp_path: Path, model: str, monkey
     assert not cut.results.with_suffix(".unfinished").exists()
 
 
-def test_what_reads_is_not_kept(tmp_path: Path, model: str) -> None:  # noqa: F811
+def test_what_reads_is_not_kept(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(unfinished, "save_model", lambda *_: pytest.fail("nothing is to be kept"))
     folder = tmp_path / "t"
     folder.mkdir()
     table = make(folder, model, '\n[[methods]]\nlabel = "BM25"\nmethod = "bm25"\n', "sequential", 2)
