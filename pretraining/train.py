@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from corpus import ASSISTANT, BOS, END, PAD, SPECIAL, USER, Corpus, WildSlots, load_qa, tokenizer_texts
 
 from selfparam.data import worlds
+from selfparam.inject.trainable import make_muon
 
 SHAPE = {
     "vocab_size": 8192,
@@ -238,7 +239,7 @@ def main() -> None:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
-        torch.optim.Muon(matrices, lr=LR_MUON, momentum=0.95, weight_decay=0.01),
+        make_muon(matrices, lr=LR_MUON, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=LR_ADAMW, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     if state["step"]:

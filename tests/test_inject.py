@@ -15,9 +15,9 @@ from selfparam.inject import inject, objective
 from selfparam.inject.objective import Head, kl, kl_tokens, next_word
 from selfparam.inject.pairs import SHAPE, STEPS, WORD, Row, build_rows, epoch_steps, offsets, pack
 from selfparam.inject.teacher import check_head, head_of, teacher_states
-from selfparam.inject.trainable import layer_linears, lora_targets
+from selfparam.inject.trainable import Float32Muon, layer_linears, lora_targets, make_optimizers
 from selfparam.lm import LM
-from selfparam.types import PAPER, Context, Recipe, Sentence, TargetSet
+from selfparam.types import PAPER, SMALL, Context, Recipe, Sentence, TargetSet
 from tests.tiny import KINDS, tiny_lm
 
 FAST = PAPER.but(lr=1e-2, epochs=12, lora_dropout=0.0, precision="fp32", batch_tokens=64)
@@ -189,6 +189,39 @@ def test_injection_lowers_the_kl_and_leaves_the_teacher_alone(kind: str, train: 
 def test_bf16_trains_too() -> None:
     done = inject(tiny_lm("llama"), [a_set()], FAST.but(precision="bf16"))
     assert done.trained.losses[-1] < 0.8 * done.trained.losses[0]
+
+
+def test_muon_in_float32_is_torchs() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(*shape) for shape in ((24, 8), (8, 24), (16, 16))]
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(4)]
+    found = []
+    for kind in (torch.optim.Muon, Float32Muon):
+        own = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = kind(own, lr=0.05, weight_decay=0.1)
+        for some in gradients:
+            for p, gradient in zip(own, some, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+        found.append((own, optimizer.state_dict()))
+    (theirs, state), (ours, own_state) = found
+    for a, b, p in zip(theirs, ours, start, strict=True):
+        assert float((a.detach() - p).abs().max()) > 0.1
+        torch.testing.assert_close(b, a, atol=0.02, rtol=0)  # theirs rounds to bf16
+    assert state["param_groups"] == own_state["param_groups"]
+    assert all(torch.equal(state["state"][i]["momentum_buffer"], one["momentum_buffer"])
+               for i, one in own_state["state"].items())
+    p = torch.nn.Parameter(torch.zeros(6, 20))
+    p.grad = torch.randn(6, 20) * 1e-4
+    Float32Muon([p], lr=1.0, weight_decay=0.0).step()
+    assert all(0.5 < s < 1.5 for s in torch.linalg.svdvals(p))  # a step's size does not depend on the gradient's
+
+
+def test_muon_is_torchs_where_bf16_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
+        [optimizer] = make_optimizers([torch.nn.Parameter(torch.zeros(3, 4))], SMALL.but(optimizer="muon"))
+        assert type(optimizer) is (torch.optim.Muon if fast else Float32Muon)
 
 
 def test_lora_targets_are_the_papers() -> None:

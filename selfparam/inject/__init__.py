@@ -26,7 +26,7 @@ from selfparam.inject.objective import Target, Words, kl_tokens
 from selfparam.inject.pairs import Row, build_rows, pack
 from selfparam.inject.sharded import is_sharded, replicate
 from selfparam.inject.teacher import as_target, check_head, head_of, teacher_targets
-from selfparam.inject.trainable import lean, make_trainable
+from selfparam.inject.trainable import lean, make_trainable, multiplies_bf16
 from selfparam.lm import LM
 from selfparam.types import Recipe, TargetSet
 
@@ -53,9 +53,8 @@ class Injection:
 
 def precision(lm: LM, recipe: Recipe) -> AbstractContextManager[Any]:
     """bf16 autocast where the recipe asks for it or (auto) where the hardware multiplies bf16 matrices."""
-    cpu = lm.device.type == "cpu"
-    fast = not cpu or torch.cpu._is_amx_tile_supported()
-    if recipe.precision == "bf16" or (recipe.precision == "auto" and fast and lm.model.dtype == torch.float32):
+    fast = multiplies_bf16(lm.device) and lm.model.dtype == torch.float32
+    if recipe.precision == "bf16" or (recipe.precision == "auto" and fast):
         # no cache of cast weights: it would hide the updates inside one region
         return torch.autocast(lm.device.type, dtype=torch.bfloat16, cache_enabled=False)
     return nullcontext()
