@@ -142,7 +142,7 @@ def pairs_by(author: Author, contexts: Sequence[Context], pairs: int, journal: J
             return write_pairs(part, author, pairs=pairs, rounds=rounds, strict=False,
                                progress=lambda kept, wanted: bar.says(f"writing pairs ({kept} of {wanted} kept)"))
 
-        written = make(contexts) if cache is None else cached(cache, contexts, author, pairs, make)
+        written = make(contexts) if cache is None else cached(cache, contexts, author, pairs, rounds, make)
     for _, report in written:
         if report.nothing:
             raise TargetError(report.nothing)

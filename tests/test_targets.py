@@ -676,21 +676,22 @@ def test_cache_makes_only_what_is_missing_or_damaged(tmp_path: Path) -> None:
 
     author = Scripted({})
     folder = tmp_path / "deep" / "cache"
-    first = cached(folder, [HARBOUR], author, 2, make)
-    both = cached(folder, [CLOCK, HARBOUR], author, 2, make)
+    first = cached(folder, [HARBOUR], author, 2, 1, make)
+    both = cached(folder, [CLOCK, HARBOUR], author, 2, 1, make)
     assert made == {"harbour": 1, "clock": 1} and both[1] == first[0]
     assert [s.completion for (s,), _ in both] == ["clock", "harbour"]
-    cached(folder, [HARBOUR], author, 3, make)
+    cached(folder, [HARBOUR], author, 3, 1, make)
+    cached(folder, [HARBOUR], author, 2, 2, make)
     author.id = "scripted 2"
-    cached(folder, [HARBOUR], author, 2, make)
-    assert made["harbour"] == 3
+    cached(folder, [HARBOUR], author, 2, 1, make)
+    assert made["harbour"] == 4
     for file in folder.iterdir():
         lost = file.read_text("utf-8").replace('"kept": 1', '"kept": 2')
         for damage in ("", "[]", "{}", '{"pairs": [["a"]]}', lost, "\udc80"):
             file.write_bytes(damage.encode("utf-8", "surrogateescape"))
-            cached(folder, [CLOCK, HARBOUR], Scripted({}), 2, make)
-    assert cached(folder, [CLOCK, HARBOUR], Scripted({}), 2, make) == both
-    assert made == {"harbour": 3 + 6, "clock": 1 + 6}
+            cached(folder, [CLOCK, HARBOUR], Scripted({}), 2, 1, make)
+    assert cached(folder, [CLOCK, HARBOUR], Scripted({}), 2, 1, make) == both
+    assert made == {"harbour": 4 + 6, "clock": 1 + 6}
 
 
 def test_cache_keeps_what_was_written_before_a_failure(tmp_path: Path) -> None:
@@ -702,12 +703,12 @@ def test_cache_keeps_what_was_written_before_a_failure(tmp_path: Path) -> None:
         return [((Sentence("Who?", "Bob", x.id),), Report(1, 1, 1)) for x in part]
 
     with pytest.raises(AuthorError):
-        cached(tmp_path, contexts, Scripted({}), 1, make)
+        cached(tmp_path, contexts, Scripted({}), 1, 1, make)
     assert len(list(tmp_path.iterdir())) == 64
 
 
 def test_cache_in_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot make the folder") as error:
-        cached(tmp_path / "file", [HARBOUR], Scripted({}), 1, lambda part: [])
+        cached(tmp_path / "file", [HARBOUR], Scripted({}), 1, 1, lambda part: [])
     one_line(error)

@@ -50,7 +50,7 @@ def sets_by(name: str, authors: dict[str, AuthorSpec], lm: LM, items: Sequence[I
         says(f"pairs by {name}: {len(contexts)} contexts")
         return write_pairs(contexts, author, pairs=spec.pairs, rounds=spec.rounds, strict=False)
 
-    found = cached(cache, [item.context for item in items], author, spec.pairs, make)
+    found = cached(cache, [item.context for item in items], author, spec.pairs, spec.rounds, make)
     sets = [TargetSet(item.context, sentences, (), author.id)
             for item, (sentences, _) in zip(items, found, strict=True)]
     return _unasked(sets, items)

@@ -91,14 +91,15 @@ def read_pairs(path: str | Path, contexts: Sequence[Context]) -> list[TargetSet]
     return [TargetSet(x, tuple(found), (), author) for x, found in zip(contexts, related, strict=True)]
 
 
-def cached(folder: str | Path, contexts: Sequence[Context], author: Author, pairs: int,
+def cached(folder: str | Path, contexts: Sequence[Context], author: Author, pairs: int, rounds: int,
            make: Callable[[Sequence[Context]], Sequence[Written]]) -> list[Written]:
-    """What `make` (write_pairs with this author and number of pairs) wrote, from `folder` where it is there already.
+    """What `make` (write_pairs with this author, so many pairs and rounds) wrote, from `folder` where it is there.
 
-    One JSON file for each context, named by the hash of its text, author.id and `pairs`; a damaged one is made again.
+    One JSON file for each context, named by the hash of its text, author.id and both numbers; a damaged one is made
+    again.
     Raises OutputError when the folder cannot be written to, and what `make` raises.
     """
-    files = [Path(folder) / f"{content_hash(x.text, author.id, str(pairs))}.json" for x in contexts]
+    files = [Path(folder) / f"{content_hash(x.text, author.id, str(pairs), str(rounds))}.json" for x in contexts]
     found = [_cache_entry(file, x) for file, x in zip(files, contexts, strict=True)]
     missing = [i for i, entry in enumerate(found) if entry is None]
     if missing:
