@@ -39,7 +39,7 @@ from selfparam.targets.unrelated import packaged
 from selfparam.types import Context, Question, Sentence, TargetSet, content_hash
 
 KEPT_PROBES = 50  # questions about earlier contexts that are asked at most, where a store keeps texts
-_CURVATURE = "curvature/moments.safetensors"
+_CURVATURE = "curvature/directions.safetensors"
 _CHECKED = 8  # sentences on which written weights are compared with those in memory
 _PACKAGED = [Sentence("", text) for text in packaged("held-out")[:_CHECKED]]
 

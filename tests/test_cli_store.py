@@ -77,7 +77,8 @@ def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
     assert code == 0, err
     said = json.loads(out)
     assert any("sentences from memory" in note for note in said["notes"]) and said["recipe"]["rehearsal"] == 1
-    assert said["recipe"]["retention"] > 0 and "curvature/moments.safetensors" in store.snapshot(said["snapshot"]).files
+    assert said["recipe"]["retention"] > 0
+    assert "curvature/directions.safetensors" in store.snapshot(said["snapshot"]).files
     assert said["snapshot"] == store.head and said["guard"]["measured"]["probes"] == 1
     assert said["guard"]["measured"]["decay"] is not None  # the hash of the question is known from the day before
     assert [x["source"] for x in said["contexts"]] == ["boat.txt"]
@@ -118,7 +119,7 @@ def test_two_days_of_a_model_that_learns(run: Run, place: Path) -> None:
     before_gc = weights[1].read_bytes()
     assert run("gc", "st", "--deltas")[0] == 0
     assert not weights[1].exists() and weights[0].exists() and weights[2].exists()
-    kept = [store.object(one.files["curvature/moments.safetensors"][0]).exists() for one in store.lineage()[1:]]
+    kept = [store.object(one.files["curvature/directions.safetensors"][0]).exists() for one in store.lineage()[1:]]
     assert kept == [False, True]
     assert run("verify", "st")[0] == 0
     assert run("checkout", "st", store.lineage()[1].id)[0] == 0  # made again of parent and delta
@@ -151,7 +152,7 @@ def test_a_model_without_curvature_rehearses(run: Run) -> None:
 def test_altered_curvature_is_said(run: Run) -> None:
     store = make(run)
     assert learn(run, "lamp")[0] == 0
-    path = store.object(store.find().files["curvature/moments.safetensors"][0])
+    path = store.object(store.find().files["curvature/directions.safetensors"][0])
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     code, _, err = learn(run, "boat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from selfparam.errors import InjectionError, ModelError
 from selfparam.inject import inject
-from selfparam.inject.curvature import MOST, Curvature, Held, measure
+from selfparam.inject.curvature import MOST, Curvature, Held, measure, strongest
 from selfparam.inject.pairs import build_rows
 from selfparam.inject.teacher import teacher_states
 from selfparam.inject.trainable import layer_linears, make_trainable
@@ -30,11 +31,16 @@ def rows_of(lm: LM, one: TargetSet = SET) -> Any:
     return build_rows(lm, [one], SMALL)[0]
 
 
+def moments_of(found: Curvature) -> dict[str, torch.Tensor]:
+    """C of every matrix."""
+    return {n: f.T @ f for n, f in found.directions.items()}
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_moments_as_defined(name: str) -> None:
     lm = tiny_lm(name)
     rows = rows_of(lm)
-    moments = measure(lm, rows, seed=3).moments
+    moments = moments_of(measure(lm, rows, seed=3))
     assert set(moments) == {n for group in layer_linears(lm) for n in group}
     assert all(p.requires_grad and p.grad is None for p in lm.model.parameters())
     # by hand: each row alone and without padding, the same random directions
@@ -69,7 +75,7 @@ def test_the_last_matrix_moves_the_states_by_what_the_moment_says() -> None:
     rows, prefixes = build_rows(lm, [SET], SMALL)
     name = layer_linears(lm)[1][-1]  # nothing lies between it and the states but the final norm: no sums over tokens
     module = lm.model.get_submodule(name)
-    expected = sum(measure(lm, rows, seed).moments[name] for seed in range(40)) / 40
+    expected = sum(moments_of(measure(lm, rows, seed))[name] for seed in range(40)) / 40
     before = teacher_states(lm, rows, [lm.prefix(None)] * len(prefixes))
     torch.manual_seed(0)
     moved = predicted = 0.0
@@ -89,6 +95,7 @@ def test_gradients_are_those_of_the_penalty(name: str, train: str) -> None:
     lm = tiny_lm(name)
     recipe = SMALL.but(train=train, retention=0.7, lora_rank=4)
     curvature = measure(lm, rows_of(lm))
+    moments = moments_of(curvature)
     model = make_trainable(lm, recipe)
     held = Held(model, curvature, recipe)
     torch.manual_seed(0)
@@ -104,7 +111,7 @@ def test_gradients_are_those_of_the_penalty(name: str, train: str) -> None:
     penalty = torch.zeros(())
     for n, m in model.named_modules():
         short = n.removeprefix("base_model.model.")
-        if short not in curvature.moments:
+        if short not in moments:
             continue
         if train == "lora":
             change = m.scaling["default"] * m.lora_B["default"].weight @ m.lora_A["default"].weight
@@ -113,7 +120,7 @@ def test_gradients_are_those_of_the_penalty(name: str, train: str) -> None:
             change = change.T if isinstance(m, Conv1D) else change
         else:
             continue
-        penalty = penalty + ((change @ curvature.moments[short]) * change).sum()
+        penalty = penalty + ((change @ moments[short]) * change).sum()
     (0.7 / (2 * 5.0) * penalty).backward()
     wanted = [p.grad for p in trained if p.ndim == 2]
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6 + 1e-4 * float(b.abs().max()))
@@ -124,11 +131,12 @@ def test_what_is_held_weighs_no_more_than_some_times_what_is_learned() -> None:
     lm = tiny_lm()
     recipe = SMALL.but(train="mlp", retention=1.0)
     found = measure(lm, rows_of(lm))
-    assert found.scored == sum(r.scored for r in rows_of(lm)) and found.plus(found).scored == 2 * found.scored
+    assert found.scored == sum(r.scored for r in rows_of(lm))
+    assert measure(lm, rows_of(lm), before=found).scored == 2 * found.scored
 
     def gradient(scored_before: int, scored: float) -> torch.Tensor:
         model = make_trainable(lm, recipe)
-        held = Held(model, Curvature(found.moments, scored_before), recipe)
+        held = Held(model, Curvature(found.directions, scored_before), recipe)
         module = held.layers[0][0]
         with torch.no_grad():
             module.weight += 0.1
@@ -161,15 +169,43 @@ def test_a_first_injection_is_as_without_it_and_a_second_is_held() -> None:
     free, little, much = moved(0.0), moved(1.0), moved(1e4)
     assert much[0] < 0.1 * free[0] and little[0] < free[0]
     assert free[1].curvature is None
-    both = measure(little[1].lm, rows_of(lm, OTHER), EXACT.seed).plus(one.curvature)
-    assert all(torch.allclose(little[1].curvature.moments[n], m) for n, m in both.moments.items())
+    both = moments_of(measure(little[1].lm, rows_of(lm, OTHER), EXACT.seed))
+    found, held = moments_of(little[1].curvature), moments_of(one.curvature)
+    assert all(torch.allclose(found[n], m + held[n], rtol=1e-3, atol=1e-5 * float(found[n].abs().max()))
+               for n, m in both.items())
+
+
+def test_the_strongest_directions_are_kept() -> None:
+    torch.manual_seed(0)
+    for n, d in ((5, 3), (40, 12), (12, 40), (9, 9)):
+        rows = torch.randn(n, d) * torch.logspace(0, -3, d)
+        whole = strongest(rows, d)
+        torch.testing.assert_close(whole.T @ whole, rows.T @ rows)
+        _, sizes, v = torch.linalg.svd(rows, full_matrices=False)
+        few = strongest(rows, 3)
+        assert few.shape == (3, d)
+        torch.testing.assert_close(strongest(torch.cat([rows, torch.zeros(300, d), rows]), d).square().sum(),
+                                   2 * rows.square().sum())
+        torch.testing.assert_close(few.T @ few, (v[:3].T * sizes[:3].square()) @ v[:3], rtol=1e-3, atol=1e-4)
+
+
+def test_its_size_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm()
+    room = importlib.import_module("selfparam.inject.curvature")
+    monkeypatch.setattr(room, "TOKENS", 1)  # a row at a time
+    monkeypatch.setattr(room, "strongest", lambda rows: strongest(rows, 4))
+    found = None
+    for _ in range(2):
+        found = measure(lm, rows_of(lm), before=found)
+        assert all(len(f) == 4 for f in found.directions.values())
+        assert found.numbers == 4 * sum(f.shape[1] for f in found.directions.values())
 
 
 def test_sums_are_float32_where_training_is_not() -> None:
     one = inject(tiny_lm(), [SET], EXACT.but(retention=1.0, precision="bf16"))
-    assert one.curvature and {m.dtype for m in one.curvature.moments.values()} == {torch.float32}
+    assert one.curvature and {f.dtype for f in one.curvature.directions.values()} == {torch.float32}
     two = inject(one.lm, [OTHER], EXACT.but(retention=1.0, precision="bf16"), curvature=one.curvature)
-    assert two.curvature and {m.dtype for m in two.curvature.moments.values()} == {torch.float32}
+    assert two.curvature and {f.dtype for f in two.curvature.directions.values()} == {torch.float32}
 
 
 def test_files(tmp_path: Path) -> None:
@@ -178,9 +214,8 @@ def test_files(tmp_path: Path) -> None:
     path = tmp_path / "moments.safetensors"
     found.save(path)
     again = Curvature.load(path)
-    assert set(again.moments) == set(found.moments) and again.scored == found.scored > 0
-    assert all(torch.allclose(again.moments[n], m, rtol=1e-5, atol=1e-6 * float(m.abs().max()))
-               for n, m in found.moments.items())
+    assert set(again.directions) == set(found.directions) and again.scored == found.scored > 0
+    assert all(torch.equal(again.directions[n], f) for n, f in found.directions.items())
     assert 4 * found.numbers < path.stat().st_size < 4 * found.numbers + 10_000
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ModelError, match="cannot be read"):
@@ -195,11 +230,9 @@ def test_what_cannot_be_held_is_refused() -> None:
     assert found
     with pytest.raises(InjectionError, match="of another model"):
         inject(other, [SET], EXACT.but(retention=1.0), curvature=found)
-    small = Curvature({n: m[:4, :4] for n, m in found.moments.items()})
+    small = Curvature({n: f[:, :4] for n, f in found.directions.items()})
     with pytest.raises(InjectionError, match="of another model"):
         inject(lm, [SET], EXACT.but(retention=1.0), curvature=small)
-    with pytest.raises(InjectionError, match="of another model"):
-        found.plus(small)
     with pytest.raises(InjectionError, match="'lora' or 'mlp'"):
         inject(lm, [SET], EXACT.but(retention=1.0, train="full"), curvature=found)
 

@@ -134,7 +134,7 @@ def inject(
     student.model.eval()
     if recipe.retention:
         with precision(student, recipe):
-            curvature = measure(student, [r for r in rows if r.related], recipe.seed).plus(curvature)
+            curvature = measure(student, [r for r in rows if r.related], recipe.seed, curvature)
     return Injection(student, trained, len(rows), taught - begin, done - taught, merge_error, adapter,
                      curvature if recipe.retention else None)
 

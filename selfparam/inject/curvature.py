@@ -2,8 +2,8 @@
 
 A change D of a trained matrix moves them, over all sentences injected so far, by about tr(D C Dᵀ): C is the second
 moment of what came into that matrix, each token weighted by how much the matrix's output there moves them. While
-something new is learned, that is added to the loss. C has a fixed size, however many contexts there are, and holds no
-text: 𝒮 = 0.
+something new is learned, that is added to the loss. Of C the strongest directions are kept: a fixed size, however many
+contexts there are, and no text: 𝒮 = 0.
 Refuses to know training and where files lie. Sources: online Laplace with Kronecker factors (Ritter et al. 2018,
 arXiv 1805.07810), with the factor of the outputs made a number for each token, and hidden states instead of labels,
 whose Fisher information vanishes where a fact is known well.
@@ -11,9 +11,8 @@ whose Fisher information vanishes where a fact is known well.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from selfparam.lm import LM, Conv1D
 from selfparam.types import Recipe
 
 TOKENS = 2048  # of rows that are read together
+RANK = 256  # directions of each matrix that are kept
 MOST = 5.0  # times what is learned now, in scored tokens: what is held weighs no more, or nothing new could be learned
 OTHER = ("the curvature of earlier injections is of another model: inject into the model that it was written with, or "
          "with --retention 0")
@@ -35,32 +35,24 @@ OTHER = ("the curvature of earlier injections is of another model: inject into t
 
 @dataclass(frozen=True)
 class Curvature:
-    """moments: {linear module of a layer: [d_in, d_in], Σ w x xᵀ over the tokens of the sentences injected so far}.
+    """directions: {linear module of a layer: F [k, d_in]}, k at most RANK: FᵀF is C = Σ w x xᵀ over the tokens of the
+    sentences injected so far, but for what lies outside of its k strongest directions.
 
-    x: what came into it; w: |∂(r·h)/∂y|² / d_out, y its output, h the last hidden states of the scored tokens, r random
-    with variance 1. scored: how many of these there were.
+    x: what came into the module; w: |∂(r·h)/∂y|² / d_out, y its output, h the last hidden states of the scored tokens,
+    r random with variance 1. scored: how many of these there were.
     """
 
-    moments: dict[str, torch.Tensor]
+    directions: dict[str, torch.Tensor] = field(default_factory=dict)
     scored: int = 0
 
     @property
     def numbers(self) -> int:
-        """How many numbers that is, with one triangle of each."""
-        return sum(len(m) * (len(m) + 1) // 2 for m in self.moments.values())
-
-    def plus(self, other: Curvature | None) -> Curvature:
-        """Of the sentences of both. Raises InjectionError where they are of different models."""
-        if other is None:
-            return self
-        if {n: m.shape for n, m in self.moments.items()} != {n: m.shape for n, m in other.moments.items()}:
-            raise InjectionError(OTHER)
-        return Curvature({name: m + other.moments[name].to(m.device) for name, m in self.moments.items()},
-                         self.scored + other.scored)
+        """How many numbers that is."""
+        return sum(f.numel() for f in self.directions.values())
 
     def save(self, path: Path) -> None:
-        """As safetensors, float32, one triangle of each."""
-        save_file({name: m.cpu()[_triangle(len(m))] for name, m in self.moments.items()}, path,
+        """As safetensors, float32."""
+        save_file({name: f.cpu().contiguous() for name, f in self.directions.items()}, path,
                   {"scored": str(self.scored)})
 
     @classmethod
@@ -69,37 +61,41 @@ class Curvature:
         try:
             with safe_open(path, "pt") as file:
                 said = file.metadata() or {}
-            return cls({name: _whole(half) for name, half in load_file(path).items()}, int(said.get("scored", 0)))
+            return cls(load_file(path), int(said.get("scored", 0)))
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise ModelError(f"'{path}' cannot be read: restore it from a copy, or use --retention 0") from error
 
 
-def _triangle(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = torch.triu_indices(size, size)
-    return rows, columns
+def strongest(rows: torch.Tensor, rank: int = RANK) -> torch.Tensor:
+    """F [at most rank, d] with FᵀF as near to rowsᵀ rows as that rank allows. rows: [n, d]."""
+    rows = rows[rows.any(1)]
+    few = len(rows) < rows.shape[1]
+    if few and len(rows) <= rank:
+        return rows
+    # float64: in float32 it does not converge where many eigenvalues are next to nothing
+    values, vectors = torch.linalg.eigh((rows @ rows.T if few else rows.T @ rows).double())
+    best: torch.Tensor = vectors[:, -rank:].T.to(rows)
+    return best @ rows if few else best * values[-rank:, None].clamp(min=0).sqrt().to(rows)
 
 
-def _whole(half: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix of a triangle."""
-    size = (math.isqrt(8 * len(half) + 1) - 1) // 2
-    found = half.new_zeros(size, size)
-    found[_triangle(size)] = half
-    return found + found.triu(1).T
+def measure(lm: LM, rows: Sequence[Row], seed: int = 0, before: Curvature | None = None) -> Curvature:
+    """Of the rows, as the model reads them from memory (without x), and of what was measured before.
 
-
-def measure(lm: LM, rows: Sequence[Row], seed: int = 0) -> Curvature:
-    """Of the rows, as the model reads them from memory (without x). Weights stay as they are and get no gradients."""
+    Weights stay as they are and get no gradients.
+    """
+    before = before or Curvature()
     names = {lm.model.get_submodule(name): name for group in layer_linears(lm) for name in group}
-    moments: dict[str, torch.Tensor] = {}
+    directions = {name: f.to(lm.device) for name, f in before.directions.items()}
     used = torch.empty(0, dtype=torch.bool)
 
     def forward(module: torch.nn.Module, given: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
         name, x = names[module], given[0].detach()[used].float()
 
         def backward(gradient: torch.Tensor) -> None:
-            weight = gradient[used].float().square().mean(1, keepdim=True)
+            weighted = x * gradient[used].float().square().mean(1, keepdim=True).sqrt()
             with torch.autocast(x.device.type, enabled=False):  # sums over many contexts need float32
-                moments[name] = moments.get(name, 0) + (x * weight).T @ x
+                known = [directions[name]] if name in directions else []
+                directions[name] = strongest(torch.cat([*known, weighted]))
 
         y.register_hook(backward)  # type: ignore[no-untyped-call]
 
@@ -126,7 +122,7 @@ def measure(lm: LM, rows: Sequence[Row], seed: int = 0) -> Curvature:
             hook.remove()
         for p in trained:
             p.requires_grad_(True)
-    return Curvature(moments, sum(r.scored for r in rows))
+    return Curvature(directions, before.scored + sum(r.scored for r in rows))
 
 
 class Held:
@@ -141,12 +137,12 @@ class Held:
                                  "'mlp', or --retention 0")
         self.recipe, self.scored = recipe, curvature.scored
         named = {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
-        if not set(curvature.moments) <= set(named):
+        if not set(curvature.directions) <= set(named):
             raise InjectionError(OTHER)
         self.device = next(model.parameters()).device
-        self.layers = [(named[name], m.to(self.device)) for name, m in curvature.moments.items()
+        self.layers = [(named[name], f.to(self.device)) for name, f in curvature.directions.items()
                        if _is_trained(named[name])]
-        if any(_inputs(module) != len(m) for module, m in self.layers):
+        if any(_inputs(module) != f.shape[-1] for module, f in self.layers):
             raise InjectionError(OTHER)
         self.start = [m.weight.detach().clone() for m, _ in self.layers] if recipe.train == "mlp" else []
 
@@ -157,14 +153,14 @@ class Held:
             self._add_gradients(self.recipe.retention / max(scored, self.scored / MOST))
 
     def _add_gradients(self, factor: float) -> None:
-        for k, (module, moment) in enumerate(self.layers):
+        for k, (module, f) in enumerate(self.layers):
             if self.recipe.train == "mlp":
                 change = (module.weight - self.start[k]).float()
-                _add(module.weight, factor * (moment @ change if isinstance(module, Conv1D) else change @ moment))
+                _add(module.weight, factor * (f.T @ (f @ change) if isinstance(module, Conv1D) else change @ f.T @ f))
                 continue
             a, b = (part["default"].weight for part in (module.lora_A, module.lora_B))
             scale = factor * module.scaling["default"] ** 2
-            low = a.float() @ moment
+            low = a.float() @ f.T @ f
             _add(a, scale * (b.float().T @ b.float()) @ low)
             _add(b, scale * b.float() @ (low @ a.float().T))
 
