@@ -51,7 +51,7 @@ def test_two_processes_equal_one(options: list[str], changes: dict[str, str], tm
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(said) == 1 and said[0]["processes"] == 2  # only the main process speaks
-    muon = "optimizer" in changes  # it rounds to bf16 and blows up what is next to nothing in a gradient
+    muon = "optimizer" in changes  # it may round to bf16, and blows up what is next to nothing in a gradient
     assert said[0]["losses"] == pytest.approx(one.trained.losses, rel=1e-3 if muon else 1e-4)
     weights, expected = load_file(tmp_path / "out" / "model.safetensors"), one.lm.model.state_dict()
     assert weights.keys() <= expected.keys()

@@ -74,7 +74,7 @@ def test_long_steps_in_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_stacks_clipping_decay_and_muon() -> None:
     check(calm("llama"), RECIPE.but(clip=0.05, weight_decay=0.1), stack=2)
     check(calm("llama"), RECIPE.but(optimizer="muon", epochs=2),
-          losses=1e-3, weights=5e-3)  # its iteration runs in bfloat16
+          losses=1e-3, weights=5e-3)  # its iteration runs in bfloat16 where that is fast
 
 
 def test_in_bfloat16() -> None:
