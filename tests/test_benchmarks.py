@@ -70,6 +70,17 @@ def test_long_contexts_are_left_out_and_named(tmp_path: Path) -> None:
         BENCHMARKS["jsonl"](2, 0, lambda text: len(text.split()), path=str(tmp_path / "a.jsonl"), longest=5)
 
 
+def test_some_lines_in_a_drawn_order(tmp_path: Path) -> None:
+    rows = [{"title": "ab"[n % 2], "context": f"x{n}", "question": "?", "answers": ["y"]} for n in range(20)]
+    path = write(tmp_path / "a.jsonl", rows)
+    found = [BENCHMARKS["jsonl"](10, 0, len, path=path, only={"title": ["b"]}, seed=seed) for seed in (None, 1, 1)]
+    plain, drawn, again = [[item.context.text for item in one.items] for one in found]
+    assert plain == [f"x{n}" for n in range(1, 20, 2)]
+    assert drawn == again != plain and sorted(drawn) == sorted(plain)
+    with pytest.raises(ContextError, match="must name fields"):
+        BENCHMARKS["jsonl"](1, 0, len, path=path, only={"title": "b"})
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [("{", r":1: no JSON"), ("[]", r":1: no JSON object"), ('{"context": "a", "question": "b"}', "must be texts"),

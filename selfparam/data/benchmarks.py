@@ -7,8 +7,9 @@ Source: arXiv 2410.00487, section 4.1; worlds.py for the fictional ones.
 
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from selfparam.data import pwc, qa, worlds
@@ -38,10 +39,10 @@ def fictional(n: int, fresh: int, count: Count, *, seed: int = 0, wordings: worl
 
 
 def from_rows(rows: Sequence[qa.Row], source: str, n: int, fresh: int, count: Count, *,
-              answer_tokens: int | None, longest: int | None, tokens: str) -> Benchmark:
+              answer_tokens: int | None, longest: int | None, tokens: str, seed: int | None = None) -> Benchmark:
     """The first n contexts that pass the filters; the ones behind them are read but never injected.
 
-    tokens: who counts the tokens of an answer, "words" (the same for every model) or "model". Raises ContextError when
+    seed: in an order drawn with it, not the one of the rows. tokens: who counts the tokens of an answer, "words" (the same for every model) or "model". Raises ContextError when
     there are fewer than n contexts.
     """
     if tokens not in ("words", "model"):
@@ -51,14 +52,19 @@ def from_rows(rows: Sequence[qa.Row], source: str, n: int, fresh: int, count: Co
                                count_context=count)
     if len(items) < n:
         raise ContextError(f"{source}: only {len(items)} of {n} contexts pass the filters: ask for fewer contexts")
+    if seed is not None:
+        items = tuple(random.Random(seed).sample(items, len(items)))
     return Benchmark(items[:n], items[n : n + fresh], notes)
 
 
 def from_file(n: int, fresh: int, count: Count, *, path: str, answer_tokens: int | None = None,
-              longest: int | None = None, tokens: str = "words") -> Benchmark:
-    """Any JSONL of {"context", "question", "answers"}."""
-    return from_rows(qa.rows_of_file(path), Path(path).name, n, fresh, count, answer_tokens=answer_tokens,
-                     longest=longest, tokens=tokens)
+              longest: int | None = None, tokens: str = "words", only: Mapping[str, Sequence[str]] | None = None,
+              seed: int | None = None) -> Benchmark:
+    """Any JSONL of {"context", "question", "answers"}. only: {field: values}, of which a line must have one."""
+    if only is not None and not (isinstance(only, Mapping) and all(isinstance(v, list) for v in only.values())):
+        raise ContextError('data.only must name fields and lists of values: write { title = ["…"] }')
+    return from_rows(qa.rows_of_file(path, only), Path(path).name, n, fresh, count, answer_tokens=answer_tokens,
+                     longest=longest, tokens=tokens, seed=seed)
 
 
 def from_pwc(n: int, fresh: int, count: Count, *, path: str | None = None, answer_tokens: int = pwc.ANSWER_TOKENS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,10 @@ def row_of(line: dict[str, Any], where: str, context: str = "context", question:
     return str(texts[0]), str(texts[1]), tuple(map(str, answers))
 
 
-def rows_of_file(path: str | Path) -> list[Row]:
-    """All rows of a JSONL file. Raises ContextError."""
-    return [row_of(line, where) for line, where in read_lines(path)]
+def rows_of_file(path: str | Path, only: Mapping[str, Sequence[Any]] | None = None) -> list[Row]:
+    """All rows of a JSONL file, or those whose fields have one of the values that `only` names. Raises ContextError."""
+    wanted = (only or {}).items()
+    return [row_of(line, where) for line, where in read_lines(path) if all(line.get(k) in v for k, v in wanted)]
 
 
 def items_of(rows: Iterable[Row], source: str, *, answer_tokens: int | None = None, longest: int | None = None,
