@@ -1,4 +1,4 @@
-"""Ways to inject the same target sets: the paper's recipe written plainly, TRL's trainer, ours, ours less one thing.
+"""Ways to inject the same target sets: a recipe written plainly, TRL's trainer, ours, ours less one thing.
 
 Same model, sentences, epochs and seed in every way; the same order and steps in all but TRL's. "plain": two copies of
 the model, the teacher reads x in front of every sentence again in every epoch, batches are padded, logits are dense.
@@ -37,7 +37,7 @@ Done = tuple[Any, float]
 
 
 def plain(lm: LM, sets: Sets, recipe: Recipe, look: Callable[[int, Any], None] | None = None) -> Done:
-    """The paper's recipe as one would first write it. look: is given every epoch's number and the peft model."""
+    """The recipe as one would first write it. look: is given every epoch's number and the peft model."""
     rows, prefixes = build_rows(lm, sets, recipe)
     teacher, student = lm.model, LM(copy.deepcopy(lm.model), lm.tokenizer, lm.name, lm.revision)
     torch.manual_seed(recipe.seed)
