@@ -42,8 +42,8 @@ def from_rows(rows: Sequence[qa.Row], source: str, n: int, fresh: int, count: Co
               answer_tokens: int | None, longest: int | None, tokens: str, seed: int | None = None) -> Benchmark:
     """The first n contexts that pass the filters; the ones behind them are read but never injected.
 
-    seed: in an order drawn with it, not the one of the rows. tokens: who counts the tokens of an answer, "words" (the same for every model) or "model". Raises ContextError when
-    there are fewer than n contexts.
+    seed: in an order drawn with it, not the one of the rows. tokens: who counts the tokens of an answer, "words" (the
+    same for every model) or "model". Raises ContextError when there are fewer than n contexts.
     """
     if tokens not in ("words", "model"):
         raise ContextError(f"data.tokens = '{tokens}' is no way to count: use 'words' or 'model'")
