@@ -107,8 +107,8 @@ def test_html(tmp_path: Path) -> None:
         context = from_file(write(tmp_path / name, page))
         assert context.title == "The moon & I"
         assert context.text.split("\n\n") == [
-            "The moon & I", "Moon", "It is round and far.", "Second.\nLine", "one\ntwo", "Name | Age\nAnn | 7", "a\n  b",
-            "5 < 6",
+            "The moon & I", "Moon", "It is round and far.", "Second.\nLine", "one\ntwo", "Name | Age\nAnn | 7",
+            "a\n  b", "5 < 6",
         ]
 
 
@@ -168,10 +168,10 @@ def test_jsonl(tmp_path: Path) -> None:
 
 
 def test_jsonl_of_the_same_text_under_other_titles(tmp_path: Path) -> None:
-    records = [("It is old.", "Bellmere"), ("It is old.", "Tarnford"), ("The  town of\nDorrow is old.", "Town of Dorrow")]
+    records = [("It is old.", "Bellmere"), ("It is old.", "Tarnford"), ("The  city of\nDor is old.", "City of Dor")]
     lines = [json.dumps({"text": text, "title": title}) for text, title in records]
     texts = [x.text for x in read_contexts([write(tmp_path / "a.jsonl", "\n".join(lines))])]
-    assert texts == ["Bellmere\n\nIt is old.", "Tarnford\n\nIt is old.", "The  town of\nDorrow is old."]
+    assert texts == ["Bellmere\n\nIt is old.", "Tarnford\n\nIt is old.", "The  city of\nDor is old."]
 
 
 def test_jsonl_conversation(tmp_path: Path) -> None:
