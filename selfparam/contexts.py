@@ -75,8 +75,9 @@ def read_contexts(paths: Sequence[str | Path], *, field: str = "text", stdin: Bi
     """The contexts of files (.txt .md .html .htm .pdf .docx .jsonl), of folders, and of "-": standard input as text.
 
     Folders are read recursively and sorted, without hidden files. A .jsonl holds one object a line: its text in `field`
-    and perhaps a "title", or a conversation in "messages". Contexts with the same text are kept once. max_bytes: bytes
-    of one file. notices: takes a line for whatever was skipped.
+    and perhaps a "title", or a conversation in "messages". Such a title, and that of a page, is put in front of a text
+    that does not begin with it. Contexts with the same text are kept once. max_bytes: bytes of one file. notices: takes
+    a line for whatever was skipped.
     Raises ContextError, one line, for the first file that cannot be read whole.
     """
     told = [] if notices is None else notices
