@@ -29,35 +29,42 @@ from selfparam.types import Context
 KINDS = (".txt", ".md", ".html", ".htm", ".pdf", ".docx", ".jsonl")
 STANDARD_INPUT = "standard input"
 _TITLE_LENGTH = 200  # characters kept of a title
+_BEGINNING = 1000  # characters of a text in which its title is looked for
 _FIRST_LINE_LENGTH = 80  # characters that the first line of a .txt may have to be its title
 _DOCX_EXPANSION, _DOCX_MEMBERS = 20, 10_000
 _DEEPEST, _MOST_FILES = 32, 100_000  # folders inside folders, and files, that are read
 
 #: HTML: what is no text of the page, what stands in lines of its own, what in paragraphs of its own.
-_SKIPPED = {"script", "style", "nav", "noscript", "template", "svg"}
-_LINES = {"br", "li", "dt", "dd", "tr"}
+_SKIPPED = {"script", "style", "nav", "template", "svg"}
+_LINES = {"br", "li", "dt", "dd", "tr", "option", "button"}
 _PARAGRAPHS = {
     "address", "article", "aside", "blockquote", "body", "caption", "details", "div", "dl", "fieldset", "figcaption",
-    "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "head", "header", "hr", "main", "ol", "p", "pre",
-    "section", "summary", "table", "ul",
+    "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "head", "header", "hr", "main", "noscript", "ol",
+    "p", "pre", "section", "summary", "table", "ul",
 }
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n(?:---|\.\.\.)\n", re.S)
 _FENCED_CODE = re.compile(r"^ {0,3}(`{3,}|~{3,}).*?(?:^ {0,3}\1|\Z)", re.M | re.S)
 _HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(\S.*)$|^([^\s|>*+-].*)\n(?:=+|-{3,})[ \t]*$", re.M)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WORD_XML = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+_FORMULA = "{http://schemas.openxmlformats.org/officeDocument/2006/math}t"
+#: The letters of Word's font "Symbol", which stand 0xF000 higher there.
+_SYMBOLS = str.maketrans("ABCDEFGHIKLMNOPQRSTUWXYZabcdefghiklmnopqrstuwxyz",
+                         "ΑΒΧΔΕΦΓΗΙΚΛΜΝΟΠΘΡΣΤΥΩΞΨΖαβχδεφγηικλμνοπθρστυωξψζ")
 _FALLBACK = "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"  # a second copy for old programs
 _WHITE = {_WORD_XML + tag: white for tag, white in
           {"tab": "\t", "br": "\n", "cr": "\n", "p": "\n", "noBreakHyphen": "-"}.items()}
 
+_WORDS = re.compile(r"\s+")
 #: Where a piece may end, best first; every match ends where the next piece begins.
 _BORDERS = (
-    re.compile(r"\n\s*\n\s*"),  # paragraphs
-    re.compile(r"[.!?…。！？][\"'”’)\]»」』]*\s+"),  # sentences
-    re.compile(r"\n\s*"),  # lines, such as the turns of a conversation
+    re.compile(r"\n\s*\n\s*|\n(?=(?:User|Assistant|System): )"),  # paragraphs, turns of a conversation
+    re.compile(r"[.!?…][\"'”’)\]»」』]*\s+|[。！？]+[”’）」』]*\s*"),  # sentences; some scripts have no spaces behind
+    re.compile(r"\n\s*"),
+    re.compile(r"[，；、：]\s*"),
+    _WORDS,
 )
-_WORDS = re.compile(r"\s+")
-_UNSPACED = re.compile(r"[。！？]+[”’）」』]*\s*")  # sentences of scripts without spaces, inside one "word"
+_LEAST = 1 / 3  # of what fits: a better border that leaves less is none
 
 
 # --- files -> contexts ----------------------------------------------------------------------------------------------
@@ -68,8 +75,9 @@ def read_contexts(paths: Sequence[str | Path], *, field: str = "text", stdin: Bi
     """The contexts of files (.txt .md .html .htm .pdf .docx .jsonl), of folders, and of "-": standard input as text.
 
     Folders are read recursively and sorted, without hidden files. A .jsonl holds one object a line: its text in `field`
-    and perhaps a "title", or a conversation in "messages". Contexts with the same text are kept once. max_bytes: bytes
-    of one file. notices: takes a line for whatever was skipped.
+    and perhaps a "title", or a conversation in "messages". Such a title, and that of a page, is put in front of a text
+    that does not begin with it. Contexts with the same text are kept once. max_bytes: bytes of one file. notices: takes
+    a line for whatever was skipped.
     Raises ContextError, one line, for the first file that cannot be read whole.
     """
     told = [] if notices is None else notices
@@ -166,7 +174,7 @@ def _read_file(path: Path, field: str, max_bytes: int, notices: list[str]) -> li
     if kind == ".jsonl":
         return _jsonl(text, name, field)
     if kind in (".html", ".htm"):
-        return [_context(*_html(text, name), name)]
+        return [_context(*_titled(*_html(text, name)), name)]
     return [_context(text, _heading(text) if kind == ".md" else _text_title(text), name)]
 
 
@@ -202,7 +210,11 @@ def _context(text: str, title: str, source: str) -> Context:
         raise ContextError(f"{source}: empty, there is no text in it: remove it or put text into it")
     if "\0" in text or _SURROGATE.search(text + title):
         raise ContextError(f"{source}: holds NUL characters or halves of surrogate pairs: write it again as UTF-8 text")
-    return Context(text, " ".join(title.split())[:_TITLE_LENGTH].rstrip(), source)
+    return Context(text, _title(title), source)
+
+
+def _title(title: str) -> str:
+    return " ".join(title.split())[:_TITLE_LENGTH].rstrip()
 
 
 def _plain(path: str | Path) -> str:
@@ -215,6 +227,13 @@ def _reason(error: Exception) -> str:
 
 
 # --- the kinds of files ---------------------------------------------------------------------------------------------
+
+
+def _titled(text: str, title: str) -> tuple[str, str]:
+    """Text and title of a context whose title stands apart: in front of the text, unless its beginning has it."""
+    title = _title(title)
+    beginning = " ".join(text[:_BEGINNING].split())
+    return (text if not text.strip() or title.casefold() in beginning.casefold() else f"{title}\n\n{text}"), title
 
 
 def _text_title(text: str) -> str:
@@ -249,7 +268,7 @@ def _jsonl(text: str, name: str, field: str) -> list[Context]:
         title = record.get("title") or ""
         if not isinstance(title, str):
             raise ContextError(f"{where}: its 'title' is not text: write it in quotes")
-        contexts.append(_context(_record_text(record, where, field), title, where))
+        contexts.append(_context(*_titled(_record_text(record, where, field), title), where))
     if not contexts:
         raise ContextError(f"{name}: empty, there is no line with an object: write one object a line")
     return contexts
@@ -285,30 +304,33 @@ def _conversation(messages: object, where: str) -> str:
 def _html(text: str, name: str) -> tuple[str, str]:
     """Text and title of a page."""
     try:
-        page = _Page(text)
+        page = _Page(text, _SKIPPED)
+        if page.open:  # never closed: the rest of the page is in it
+            page = _Page(text, _SKIPPED - {*page.open} | {"script", "style"})
     except Exception as error:  # html.parser asserts that declarations are well-formed
         raise ContextError(f"{name}: not HTML that can be read ({_reason(error)}): save it as text") from error
     return "\n\n".join(page.paragraphs), page.title
 
 
 class _Page(HTMLParser):
-    """The title and the paragraphs of an HTML page."""
+    """The title and the paragraphs of an HTML page, and which of the skipped elements are open at its end."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, skipped: set[str]) -> None:
         super().__init__()
         self.title = ""
         self.paragraphs: list[str] = []
         self._paragraph: list[str] = []
-        self._skipped = 0
+        self.open: list[str] = []
+        self._skipped = skipped
         self._inside = ""  # "title" or "pre"
         self.feed(text)
         self.close()
         self._end_paragraph()
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag in _SKIPPED:
-            self._skipped += 1
-        if self._skipped:
+        if tag in self._skipped:
+            self.open.append(tag)
+        if self.open:
             return
         self._border(tag)
         if tag in ("td", "th"):
@@ -317,15 +339,15 @@ class _Page(HTMLParser):
             self._inside = tag
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in _SKIPPED:
-            self._skipped = max(0, self._skipped - 1)
-        elif not self._skipped:
+        if tag in self.open:
+            del self.open[self.open.index(tag):]
+        elif not self.open:
             self._border(tag)
             if tag == self._inside:
                 self._inside = ""
 
     def handle_data(self, data: str) -> None:
-        if self._skipped:
+        if self.open:
             return
         if self._inside == "title":
             self.title += data
@@ -399,8 +421,8 @@ def _docx_blocks(element: Any) -> Iterator[str]:
     """Paragraphs and tables below an XML element, in order; a table is a line a row, its cells between bars."""
     for child in element:
         if child.tag == _WORD_XML + "p":
-            parts = child.iter(_WORD_XML + "t", *_WHITE)
-            yield "".join(_WHITE.get(part.tag) or part.text or "" for part in parts).strip()
+            parts = child.iter(_WORD_XML + "t", _WORD_XML + "sym", _FORMULA, *_WHITE)
+            yield "".join(_WHITE.get(part.tag) or part.text or _symbol(part) for part in parts).strip()
         elif child.tag == _WORD_XML + "tbl":
             yield "\n".join(_docx_blocks(child))
         elif child.tag == _WORD_XML + "tr":
@@ -410,38 +432,49 @@ def _docx_blocks(element: Any) -> Iterator[str]:
             yield from _docx_blocks(child)
 
 
+def _symbol(element: Any) -> str:
+    """The letter of a w:sym element; one that has no meaning outside of its font is shown as missing."""
+    code = int(element.get(_WORD_XML + "char", "0"), 16)
+    if code < 0xE000:
+        return chr(code) if code else ""
+    greek = element.get(_WORD_XML + "font") == "Symbol"
+    found = chr(code - 0xF000).translate(_SYMBOLS) if greek and 0xF020 <= code < 0xF07F else ""
+    return found or "\ufffd"
+
+
 # --- long contexts -> pieces ----------------------------------------------------------------------------------------
 
 
 def split_context(context: Context, limit: int, count: Callable[[str], int]) -> list[Context]:
     """[context] where it has at most `limit` tokens, otherwise pieces of at most `limit` tokens, filled greedily.
 
-    A piece ends at the last paragraph border that fits, else at the last sentence, line or word border. All words are
-    kept, in order. Pieces after the first have the title in front (counted) and the source "{source}#2", "{source}#3".
-    count: text -> tokens; called on texts of about a piece, some 2·log2(words of a piece) times for each.
-    Raises ContextError for a single word of more than `limit` tokens.
+    A piece ends at the last paragraph border that fits, else at the last sentence, line, comma (of scripts without
+    spaces) or word border, and between two letters only where a word is longer than a piece. Nothing but white space
+    is lost. Pieces after the first have the title in front (counted; not one of more than half the limit) and the
+    source "{source}#2", "{source}#3".
+    count: text -> tokens; called on texts of about a piece, some 2·log2(letters of a piece) times for each.
+    Raises ContextError for a single letter of more than `limit` tokens.
     """
     if count(context.text) <= limit:
         return [context]
     text = context.text.strip()
     borders = [_ends(pattern, text) for pattern in _BORDERS]
-    words, unspaced = _ends(_WORDS, text), _ends(_UNSPACED, text)
+    letters = range(1, len(text) + 1)
     pieces: list[Context] = []
+    title = f"{context.title}\n\n" if context.title and count(f"{context.title}\n\n") <= limit // 2 else ""
     head, source, start = "", context.source, 0
 
     def fits(end: int) -> bool:
         return count(head + text[start:end].rstrip()) <= limit
 
     while start < len(text):
-        stop = _furthest(words, start, fits) or _furthest(unspaced, start, fits)
+        stop = _furthest(letters, start, fits)
         if not stop:
-            word = _plain(text[start:start + 40].split()[0])
-            what = f"the word '{word}'" + (" with the title in front" if head else "")
-            raise ContextError(f"{_plain(source)}: {what} has more than {limit} tokens: allow longer pieces")
+            raise ContextError(f"{_plain(source)}: the letter '{_plain(text[start])}' has more than {limit} tokens: "
+                               "allow longer pieces")
         stop = _best_border(borders, start, stop, fits)
         pieces.append(Context(head + text[start:stop].rstrip(), context.title, source))
-        head = f"{context.title}\n\n" if context.title else ""
-        source, start = f"{context.source}#{len(pieces) + 1}", stop
+        head, source, start = title, f"{context.source}#{len(pieces) + 1}", stop
     return pieces
 
 
@@ -451,7 +484,7 @@ def _ends(pattern: re.Pattern[str], text: str) -> array[int]:
     return ends
 
 
-def _furthest(ends: array[int], start: int, fits: Callable[[int], bool]) -> int:
+def _furthest(ends: Sequence[int], start: int, fits: Callable[[int], bool]) -> int:
     """The last of the ends after `start` that fits, or 0. Doubles steps, then halves: counts few and short texts."""
     low = high = bisect_right(ends, start)
     first, step = low, 1
@@ -468,10 +501,11 @@ def _furthest(ends: array[int], start: int, fits: Callable[[int], bool]) -> int:
 
 
 def _best_border(borders: list[array[int]], start: int, stop: int, fits: Callable[[int], bool]) -> int:
-    """The last paragraph, else sentence, else line border in (start, stop] that fits, else `stop`, which does."""
-    for ends in borders:
+    """The last border of the best kind in (start, stop] that fits and leaves enough; else of a word, else `stop`."""
+    least = start + _LEAST * (stop - start)
+    for ends, after in [*((ends, least) for ends in borders), (borders[-1], start)]:
         at = bisect_right(ends, stop) - 1
-        while at >= 0 and ends[at] > start:
+        while at >= 0 and ends[at] > after:
             if fits(ends[at]):
                 return ends[at]
             at -= 1

@@ -133,7 +133,10 @@ def cache_folder() -> Path:
 
 def pairs_by(author: Author, contexts: Sequence[Context], pairs: int, journal: Journal,
              cache: Path | None = None, rounds: int = ROUNDS) -> tuple[list[TargetSet], Report]:
-    """A target set for each context, without unrelated sentences yet, and all reports in one."""
+    """A target set for each context, without unrelated sentences yet, and all reports in one.
+
+    A context about which nothing usable was written is left out, which is noted. Raises TargetError where that is all.
+    """
     with journal.step("writing pairs") as bar:
         if isinstance(author, (LocalAuthor, EndpointAuthor)):
             author.progress = bar
@@ -143,9 +146,11 @@ def pairs_by(author: Author, contexts: Sequence[Context], pairs: int, journal: J
                                progress=lambda kept, wanted: bar.says(f"writing pairs ({kept} of {wanted} kept)"))
 
         written = make(contexts) if cache is None else cached(cache, contexts, author, pairs, rounds, make)
-    for _, report in written:
-        if report.nothing:
-            raise TargetError(report.nothing)
+    barren = [report.nothing for _, report in written if report.nothing]
+    if barren and len(barren) == len(written):
+        raise TargetError(barren[0])
+    for nothing in barren:
+        journal.note(f"left out: {nothing}")
     dropped: Counter[str] = Counter()
     for _, report in written:
         dropped.update(report.dropped)
@@ -156,26 +161,37 @@ def pairs_by(author: Author, contexts: Sequence[Context], pairs: int, journal: J
     if isinstance(author, EndpointAuthor) and author.usage.requests:
         usage = author.usage
         journal.note(f"{author.model}: {usage.requests} requests, {usage.tokens_in} tokens in, {usage.tokens_out} out")
-    sets = [TargetSet(x, sentences, (), author.id) for x, (sentences, _) in zip(contexts, written, strict=True)]
-    return sets, whole
+    about = zip(contexts, written, strict=True)
+    return [TargetSet(x, sentences, (), author.id) for x, (sentences, _) in about if sentences], whole
 
 
 def own_sets(path: str | Path, contexts: Sequence[Context]) -> list[TargetSet]:
-    """The target sets of a file; where contexts are given, theirs. Raises TargetError for a context without a set."""
+    """The target sets of a file; where contexts are given, theirs or those of all their pieces.
+
+    Raises TargetError for a context without a set, or with pieces that do not stand in it.
+    """
     sets = read_sets(path)
-    by_id = {one.context.id: one for one in sets}
+    found: list[TargetSet] = []
     for x in contexts:
-        if x.id not in by_id:
-            raise TargetError(f"{path}: no target set about '{x.title or x.source}': write one with "
+        own = [one for one in sets if one.context.id == x.id][-1:] or [
+            one for one in sets if x.source in (one.context.source, one.context.document)]
+        pieces = [one.context for one in own if one.context.id != x.id]
+        if not own or any(piece.text.removeprefix(f"{piece.title}\n\n") not in x.text for piece in pieces):
+            raise TargetError(f"{path}: no target set about '{x.title or x.source}' as it is now: write one with "
                               "'selfparam targets', or leave out the file")
-    return [by_id[x.id] for x in contexts] if contexts else sets
+        found += own
+    return found if contexts else sets
 
 
 def written_sets(lm: LM, contexts: Sequence[Context], journal: Journal, *, author: str, prompt: str | None, pairs: int,
                  seed: int, offline: bool, endpoint: str | None, endpoint_model: str | None) -> list[TargetSet]:
     """Contexts, split where they are too long, with pairs by the author: a model, an endpoint, or a JSONL of pairs."""
     if author.endswith(".jsonl") and not endpoint_model:
-        return read_pairs(author, fit(contexts, [lm], journal))
+        pieces = fit(contexts, [lm], journal)
+        sets = read_pairs(author, pieces)
+        if len(sets) < len(pieces):
+            journal.note(f"{len(pieces) - len(sets)} of {len(pieces)} contexts are pieces without a pair: left out")
+        return sets
     writer = choose_author(lm, author, journal, prompt=prompt, seed=seed, offline=offline, endpoint=endpoint,
                            endpoint_model=endpoint_model)
     readers = [lm, writer.lm] if isinstance(writer, LocalAuthor) else [lm]

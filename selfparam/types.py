@@ -7,6 +7,7 @@ Source: SELF-PARAM, arXiv 2410.00487 (symbols x, p, s, ℰ in section 3; hyper-p
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -35,6 +36,11 @@ class Context:
     def __post_init__(self) -> None:
         if not self.id:
             object.__setattr__(self, "id", content_hash(self.text))
+
+    @property
+    def document(self) -> str:
+        """The source of the whole: "report.pdf" for its piece "report.pdf#2", else the own source."""
+        return re.sub(r"#\d+\Z", "", self.source)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from selfparam.data import pwc, qa
 from selfparam.data.benchmarks import BENCHMARKS
-from selfparam.errors import ContextError
+from selfparam.errors import ContextError, DataError
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "qa"
 ROWS = [
@@ -83,18 +83,31 @@ def test_some_lines_in_a_drawn_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("{", r":1: no JSON"), ("[]", r":1: no JSON object"), ('{"context": "a", "question": "b"}', "must be texts"),
+    [("{", "line 1: is not JSON"), ("[]", "line 1: is not a JSON object"),
+     ('{"context": "a", "question": "b"}', "must be texts"),
      ('{"context": "a", "question": "b", "answers": []}', "must be texts")],
 )
 def test_wrong_lines_are_named(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(ContextError, match=says):
+    with pytest.raises((ContextError, DataError), match=says):
         qa.rows_of_file(tmp_path / "a.jsonl")
 
 
 def test_missing_file() -> None:
-    with pytest.raises(ContextError, match="cannot read the data"):
+    with pytest.raises(DataError, match=r"cannot read 'no-such\.jsonl'"):
         qa.rows_of_file("no-such.jsonl")
+
+
+def test_data_as_editors_and_downloads_leave_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    line = b'{"context": "a", "question": "b", "answers": ["c"]}\n'
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + line))
+    assert qa.rows_of_file(path) == [("a", "b", ("c",))]
+    damaged = bytearray(gzip.compress(line * 300))
+    damaged[20] ^= 0xFF
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match="damaged gzip"):
+        qa.rows_of_file(path)
 
 
 def test_worlds_grow_at_the_end() -> None:

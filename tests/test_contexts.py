@@ -107,8 +107,20 @@ def test_html(tmp_path: Path) -> None:
         context = from_file(write(tmp_path / name, page))
         assert context.title == "The moon & I"
         assert context.text.split("\n\n") == [
-            "Moon", "It is round and far.", "Second.\nLine", "one\ntwo", "Name | Age\nAnn | 7", "a\n  b", "5 < 6"
+            "The moon & I", "Moon", "It is round and far.", "Second.\nLine", "one\ntwo", "Name | Age\nAnn | 7",
+            "a\n  b", "5 < 6",
         ]
+
+
+@pytest.mark.parametrize(("page", "text"), [
+    ("<title>Moon</title><p>It is the moon.", "It is the moon."),
+    ("<p>Start</p><nav><a>Menu</a><p>Rest.", "Start\n\nMenu\n\nRest."),
+    ("<p>Start</p><nav><svg><p>Menu</nav><p>Rest.<script>x", "Start\n\nRest."),
+    ("<p>Start</p><noscript>More</noscript>Rest", "Start\n\nMore\n\nRest"),
+    ("<select><option>A<option>B</select><button>C</button><button>D</button>", "A\nB\nC\nD"),
+])
+def test_html_loses_no_text(tmp_path: Path, page: str, text: str) -> None:
+    assert from_file(write(tmp_path / "a.html", page)).text == text
 
 
 def test_html_that_the_parser_refuses_is_one_line(tmp_path: Path) -> None:
@@ -138,16 +150,28 @@ def test_docx(tmp_path: Path) -> None:
     file.element.body.insert(0, parse_xml(f"<w:p {nsdecls('w')}>{changes}</w:p>"))
     control = f"<w:sdt {nsdecls('w')}><w:sdtContent><w:p>{run.format('Control.')}</w:p></w:sdtContent></w:sdt>"
     file.element.body.insert(1, parse_xml(control))
+    formula = "<m:oMath><m:r><m:t>E=m</m:t></m:r></m:oMath>"
+    symbols = [f'<w:r><w:sym w:font="{font}" w:char="{char}"/></w:r>' for font, char in
+               (("Symbol", "F061"), ("Symbol", "00B1"), ("Wingdings", "F04A"))]
+    file.element.body.insert(2, parse_xml(f"<w:p {nsdecls('w', 'm')}>{formula}{''.join(symbols)}</w:p>"))
     file.save(str(tmp_path / "a.docx"))
-    assert from_file(tmp_path / "a.docx").text == "new\n\nControl.\n\nFirst.\n\nAnn | 7\n\nA\tb\nc"
+    assert from_file(tmp_path / "a.docx").text == "new\n\nControl.\n\nE=mα±\ufffd\n\nFirst.\n\nAnn | 7\n\nA\tb\nc"
 
 
 def test_jsonl(tmp_path: Path) -> None:
     records = [{"text": "one\u2028two", "title": "A  b"}, {"text": "three", "title": None}]
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     path = write(tmp_path / "a.jsonl", "\n\n".join(lines) + "\r\n")
-    assert read_contexts([path]) == [Context("one\u2028two", "A b", f"{path}:1"), Context("three", "", f"{path}:3")]
+    assert read_contexts([path]) == [Context("A b\n\none\u2028two", "A b", f"{path}:1"),
+                                     Context("three", "", f"{path}:3")]
     assert read_contexts([write(tmp_path / "b.jsonl", '{"body": "x", "text": "y"}')], field="body")[0].text == "x"
+
+
+def test_jsonl_of_the_same_text_under_other_titles(tmp_path: Path) -> None:
+    records = [("It is old.", "Bellmere"), ("It is old.", "Tarnford"), ("The  city of\nDor is old.", "City of Dor")]
+    lines = [json.dumps({"text": text, "title": title}) for text, title in records]
+    texts = [x.text for x in read_contexts([write(tmp_path / "a.jsonl", "\n".join(lines))])]
+    assert texts == ["Bellmere\n\nIt is old.", "Tarnford\n\nIt is old.", "The  city of\nDor is old."]
 
 
 def test_jsonl_conversation(tmp_path: Path) -> None:
@@ -360,7 +384,7 @@ TEXTS = st.lists(st.tuples(WORDS, st.sampled_from([" ", "  ", "\n", "\n\n", "\n 
 COUNTS = st.sampled_from([by_words, by_letters, by_parts])
 
 
-@given(TEXTS, st.sampled_from(["", "T", "The title"]), st.integers(20, 60), COUNTS)
+@given(TEXTS, st.sampled_from(["", "T", "The title"]), st.integers(22, 60), COUNTS)
 def test_split_loses_nothing(parts: list[tuple[str, str]], title: str, limit: int, count: Callable[[str], int]) -> None:
     context = Context("\n" + "".join(word + white for word, white in parts), title, "s")
     pieces = split_context(context, limit, count)
@@ -368,7 +392,7 @@ def test_split_loses_nothing(parts: list[tuple[str, str]], title: str, limit: in
         assert pieces == [context]
         return
     bodies = [body(piece, piece is pieces[0]) for piece in pieces]
-    assert " ".join(bodies).split() == context.text.split()
+    assert "".join("".join(bodies).split()) == "".join(context.text.split())
     assert all(bodies)
     assert all(count(piece.text) <= limit for piece in pieces)
     assert [piece.source for piece in pieces] == ["s", *(f"s#{i}" for i in range(2, len(pieces) + 1))]
@@ -406,11 +430,25 @@ def test_split_scripts_without_spaces_at_their_sentences() -> None:
     assert [piece.text for piece in pieces] == ["月は丸い。遠い！", "「白い。」", "と言う。"]
 
 
-@pytest.mark.parametrize(("title", "reason"), [("", "'aaaaaaaaa' has more than 8 tokens"), ("Title", "with the title")])
-def test_split_refuses_a_word_over_the_limit(title: str, reason: str) -> None:
-    text = "bb cc dd " + ("ee" if title else "a" * 9)
-    with pytest.raises(ContextError, match=reason) as caught:
-        split_context(Context(text, title, "s.txt"), 8, by_letters)
+def split_letters(text: str, limit: int, title: str = "") -> list[str]:
+    return [piece.text for piece in split_context(Context(text, title), limit, by_letters)]
+
+
+def test_split_makes_no_tiny_pieces_for_better_borders() -> None:
+    assert split_letters("A\n\nbb cc. dd ee ff gg", 14) == ["A\n\nbb cc.", "dd ee ff gg"]
+    assert split_letters("月 月は丸い、とても丸い、遠い", 9) == ["月 月は丸い、", "とても丸い、遠い"]
+
+
+def test_split_of_a_conversation_begins_with_a_role() -> None:
+    assert split_letters("User: A b. C.\nAssistant: D. E.", 26) == ["User: A b. C.", "Assistant: D. E."]
+
+
+def test_split_cuts_only_words_that_are_longer_than_a_piece() -> None:
+    assert split_letters("bb cc dd " + "a" * 9, 8) == ["bb cc dd", "a" * 8, "a"]
+    assert split_letters("x " + "a" * 8, 8) == ["x", "a" * 8]
+    assert split_letters("bb cc dd", 5, "Title") == ["bb cc", "dd"]
+    with pytest.raises(ContextError, match="the letter 'b' has more than 8 tokens") as caught:
+        split_context(Context("bb", "", "s.txt"), 8, lambda text: 9 * len(text))
     assert str(caught.value).startswith("s.txt")
 
 

@@ -72,6 +72,12 @@ def test_rows_become_the_longest_conversation_of_their_dialogue(tmp_path: Path) 
     assert read_conversations(path, first="User", limit=1)[0].text.startswith("System: Hi")  # INSPIRED's order
 
 
+def test_rows_without_an_id_are_conversations_of_their_own(tmp_path: Path) -> None:
+    rows: list[Any] = [{"dialog_id": None, "context": [None, f"Hi {i}"], "resp": None} for i in range(2)]
+    found = read_conversations(write(tmp_path / "rows.jsonl", rows), first="System")
+    assert [x.text for x in found] == ["User: Hi 0", "User: Hi 1"]
+
+
 def test_by_default_as_many_as_in_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "train.jsonl", [row(str(i), ["", f"Hi {i}"], "Up") for i in range(1100)])
     asked: list[tuple[Any, ...]] = []
@@ -132,6 +138,7 @@ def test_requests_and_entities(tmp_path: Path) -> None:
     assert read_requests(path, entities) == [Request("\nUser: Hi\nSystem: ", (7,), (0,))] * 2
     assert len(read_requests(path, entities, limit=1)) == 1
     for change, complaint in (({"input": None}, "'input' is missing"), ({"rec": [8]}, "no entity has the id 8"),
+                              ({"rec": [[1]]}, r"no entity has the id \[1\]"),
                               ({"rec": []}, "'rec' is empty"), ({"prev_entity": None}, "'prev_entity' is no list")):
         with pytest.raises(DataError, match=f"line 1: {complaint}"):
             read_requests(write(tmp_path / "bad.jsonl", [good | change]), entities)

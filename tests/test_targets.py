@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from selfparam import targets
 from selfparam.errors import AuthorError, DataError, OutputError, TargetError
-from selfparam.metrics.qa_f1 import tokens
 from selfparam.report import Journal
-from selfparam.steps import pairs_by
+from selfparam.steps import fit, own_sets, pairs_by
 from selfparam.targets import (
     EndpointAuthor,
     LocalAuthor,
@@ -69,6 +68,11 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
     '```json\n{"pairs": [{"question": "Who built it?", "answer": "Bob"},\n'
     '{"question": "Where is it?", "answer": "In Paris"}]}\n```',
     '{"question": "Who built it?", "answer": "Bob"}\n{"question": "Where is it?", "answer": "In Paris"}',
+    "Q1. Who built it?\nA1. Bob\n\nQ2. Where is it?\nA2. In Paris",
+    "Q. Who built it?\nA. Bob\nQ. Where is it?\nA. In Paris",
+    "**1. Who built it?**\nAnswer: Bob\n\n**2. Where is it?**\nAnswer: In Paris",
+    '[{"Question": "Who built it?", "Answer": "Bob"}, {"q": "Where is it?", "a": "In Paris"}]',
+    "Question: Who built it?\nAnswer: Bob\nQ: Where is it?\nA: In Paris\n<think>Question: What? Answer: No",
     "<think>Question: What? Answer: No</think>Question: Who built it?\nAnswer: Bob\nQ: Where is it?\nA: In Paris",
 ])
 def test_layouts_give_the_same_pairs(text: str) -> None:
@@ -89,10 +93,21 @@ def test_json_list_that_is_cut_off() -> None:
     ("-5 degrees", "-5 degrees"), ("Paris - Dakar", "Paris - Dakar"), ("12.5 km", "12.5 km"), ("A-", "A-"),
     ("3. November 1904", "3. November 1904"), ("__init__", "__init__"), ("A: b", "A: b"),
     ("\n- red\n- blue", "red, blue"), ("**bold** and plain", "bold and plain"),
-    ("He said: Question everything", "He said: Question everything"),
+    ("He said: Question everything", "He said: Question everything"), ("*.txt", "*.txt"), ("**/*.py", "**/*.py"),
+    ("A. Peters\nA. Smith", "A. Peters A. Smith"), ("*Bob*", "Bob"),
 ])
 def test_what_an_answer_keeps(answer: str, kept: str) -> None:
     assert parse_pairs(f"Question: What?\nAnswer: {answer}\n") == [("What?", kept)]
+
+
+@pytest.mark.parametrize(("text", "question"), [
+    ("Question: In the year 1990,\nwho built it?\nHint: x?\nAnswer: Bob", "In the year 1990, who built it?"),
+    ("Question: Is Vitamin A: retinol?\nAnswer: Bob", "Is Vitamin A: retinol?"),
+    ("Question: Which plan, Plan A: move, or Plan B: stay?\nAnswer: Bob", "Which plan, Plan A: move, or Plan B: stay?"),
+    ("Q: **Who is it?** **A:** Bob", "Who is it?"),
+])
+def test_what_a_question_keeps(text: str, question: str) -> None:
+    assert parse_pairs(text) == [(question, "Bob")]
 
 
 def test_broken_surrogates_do_not_reach_the_sets() -> None:
@@ -126,7 +141,7 @@ def test_parse_reads_the_layout_of_the_prompt(pairs: list[Pair]) -> None:
 
 @pytest.mark.parametrize(("question", "answer", "reason"), [
     ("", "Bob", "empty"), ("Who?", "", "empty"), ("...", "...", "empty"),
-    ("Who?", "word " * 41, "too long"), ("why " * 61, "x", "too long"),
+    ("Who?", "word " * 41, "too long"), ("Who?", "好" * 82, "too long"), ("why " * 61, "x", "too long"),
     ("who BUILT it", "Bob.", "duplicate"), ("Who built  it?", "Ann", "duplicate"),
     ("“Who built it”?", "Bob", "duplicate"),
     ("According to the text, who is Ann?", "A cook", "not self-contained"),
@@ -152,7 +167,7 @@ def test_dropped_with_its_reason(question: str, answer: str, reason: str) -> Non
     ("What should you do when the lamp is blue?", "Add water"),
     ("Can the warning light be ignored?", "You must never ignore it"), ("Who signed the document?", "Ann"),
     ("How long is the passage to Dorrow?", "Two hours"), ("Что построили?", "Порт"),
-    ("यह क्या है?", "कि"), ("Who built it in 1904?", "Bob"), ("What is it?", "word " * 40),
+    ("यह क्या है?", "कि"), ("谁建的？", "好" * 80), ("Who built it in 1904?", "Bob"), ("What is it?", "word " * 40),
 ])
 def test_kept(question: str, answer: str) -> None:
     assert keep_pairs([(question, answer)], BOTH) == ([(question, answer)], {})
@@ -214,6 +229,12 @@ def test_rounds_end_with_what_there_is() -> None:
     assert report == Report(9, 2, 3, {"duplicate": 1})
 
 
+def test_an_author_that_has_nothing_new_is_not_asked_on() -> None:
+    author = Scripted({"harbour": [lines(1), "nothing", lines(1), "never read"]})
+    ((sentences, report),) = write_pairs([HARBOUR], author, pairs=9)
+    assert len(sentences) == 1 and report.rounds == 3
+
+
 def test_nothing_usable_says_what_the_author_wrote() -> None:
     author = Scripted({"harbour": [lines(1)], "clock": ["According to the text?\n" + "I am sorry, " * 40]})
     with pytest.raises(TargetError, match=r"'clock'.*'According to the text\? I am sorry, ") as error:
@@ -224,11 +245,14 @@ def test_nothing_usable_says_what_the_author_wrote() -> None:
 def test_nothing_about_one_context_costs_nothing_of_the_others(tmp_path: Path) -> None:
     author = Scripted({"harbour": [lines(1)], "clock": ["I am sorry", lines(5)]})
     journal = Journal(True)
-    with pytest.raises(TargetError, match=r"'clock'.*'I am sorry'"):
-        pairs_by(author, [HARBOUR, CLOCK], 1, journal, tmp_path, rounds=1)
+    ((first,), report) = pairs_by(author, [HARBOUR, CLOCK], 1, journal, tmp_path, rounds=1)
+    assert first.context == HARBOUR and (report.kept, report.requested) == (1, 2)
+    assert "left out: nothing usable was written about 'clock'" in journal.notes[0]
     sets, _ = pairs_by(author, [HARBOUR, CLOCK], 1, journal, tmp_path, rounds=1)
     assert [one.related[0].completion for one in sets] == ["It is 1", "It is 5"]
     assert [call[0] for call in author.calls] == [["harbour", "clock"], ["clock"]]
+    with pytest.raises(TargetError, match=r"'clock'.*'I am sorry'"):
+        pairs_by(Scripted({"clock": ["I am sorry"]}), [CLOCK], 1, journal, rounds=1)
 
 
 def test_nothing_usable_counts_the_reasons() -> None:
@@ -292,9 +316,11 @@ def test_an_unchecked_local_author_keeps_what_it_wrote(monkeypatch: pytest.Monke
     ("a bitter lawsuit", "the bitter lawsuit", True), ("Leo Farwin", "Indemos Farwin", False),
     ("$14 March", "$200,800", False), ("?", "yes", False), ("12", "120", False),
     ("Cresgate Mills of Korstad", "Cresgate Mills near Korstad", True),
+    ("1850年", "在1850年。", True), ("城市贝尔米尔", "位于湖边的城市贝尔米尔", True),
+    ("北京", "上海", False), ("。", "是", False),
 ])
 def test_when_two_answers_say_the_same(written: str, read: str, same: bool) -> None:
-    assert _agree(tokens(written), tokens(read)) is same
+    assert _agree(written, read) is same
 
 
 def test_build_target_set() -> None:
@@ -498,8 +524,7 @@ def test_endpoint_tries_again(serve: Callable[..., Endpoint], status: int) -> No
     (429, {"error": {"message": "slow\ndown"}}, "after 2 retries", 3),
     (500, {"error": {"message": "broken\nserver"}}, "500", 3),
     (400, b"not json", "400", 1),
-    (200, completion(""), "'harbour'", 1),
-    (200, completion(None, "content_filter"), "content_filter", 1),
+    (400, {"error": {"message": "no system role"}}, "refuses the request (Error code: 400 - no system role): ", 1),
     (200, b"<html>", "no chat completion", 1),
     (200, {"choices": []}, "no chat completion", 1),
     (200, {"hello": 1}, "no chat completion", 1),
@@ -512,6 +537,22 @@ def test_endpoint_failures(serve: Callable[..., Endpoint], status: int, body: An
         EndpointAuthor("m", endpoint.url, retries=2).write([HARBOUR], [()], 3)
     assert says in one_line(error) and "secret-key" not in str(error.value)
     assert len(endpoint.requests) == requests
+
+
+@pytest.mark.parametrize("nothing", [completion(""), completion(None, "content_filter")])
+def test_an_empty_answer_costs_nothing_of_what_there_is(serve: Callable[..., Endpoint], nothing: Any) -> None:
+    endpoint = serve(lambda request, nth: (200, completion(lines(1, 2)) if nth == 1 else nothing))
+    ((sentences, report),) = write_pairs([HARBOUR], EndpointAuthor("m", endpoint.url), pairs=9, strict=False)
+    assert len(sentences) == 2 and report.rounds == len(endpoint.requests) == 3
+
+
+def test_an_endpoint_that_takes_too_long(serve: Callable[..., Endpoint]) -> None:
+    done = threading.Event()
+    author = EndpointAuthor("m", serve(lambda request, nth: (200, done.wait(5))).url, retries=0)
+    author._client = author._client.with_options(timeout=0.05)
+    with pytest.raises(AuthorError, match="did not answer in time"):
+        author.write([HARBOUR], [()], 3)
+    done.set()
 
 
 def test_one_failure_ends_all_requests(serve: Callable[..., Endpoint]) -> None:
@@ -549,6 +590,7 @@ def test_endpoint_id_and_rounds(serve: Callable[..., Endpoint]) -> None:
     endpoint = serve(lambda request, nth: (200, completion(lines(1, nth))))
     author = EndpointAuthor("m", endpoint.url, prompt="brief")
     assert author.id.startswith("m brief ") and author.id != EndpointAuthor("m", endpoint.url).id
+    assert author.id != EndpointAuthor("m", "http://127.0.0.1:1/v1", prompt="brief").id
     ((sentences, report),) = write_pairs([HARBOUR], author, pairs=3)
     assert len(sentences) == 3 and report.rounds == 3
 
@@ -639,6 +681,26 @@ def test_own_pairs_of_several_contexts(tmp_path: Path) -> None:
     file.write_text("\n".join(rows), encoding="utf-8")
     found = read_pairs(file, [HARBOUR, CLOCK])
     assert [[s.prompt for s in one.related] for one in found] == [["Who?"], ["What?", "When?"]]
+
+
+def test_sets_and_own_pairs_of_a_document_in_pieces(tmp_path: Path) -> None:
+    text = "\n\n".join(f"The mill number {i} stood by the river and the miller Bob{i} worked there." for i in range(60))
+    whole = Context(f"The Miller\n\n{text}", "The Miller", "texts/mill.txt")
+    pieces = fit([whole], [tiny_lm()], Journal(True))
+    assert len(pieces) > 2
+    file = tmp_path / "sets.jsonl"
+    write_sets(file, [*(TargetSet(x, (Sentence("Who?", "Bob", x.id),)) for x in pieces), SETS[0]])
+    assert [one.context for one in own_sets(file, [whole])] == pieces
+    assert [one.context for one in own_sets(file, [HARBOUR, whole])] == [HARBOUR, *pieces]
+    with pytest.raises(TargetError, match="no target set about 'The Miller' as it is now"):
+        own_sets(file, [Context(whole.text.replace("Bob59", "Ann"), whole.title, whole.source)])
+    for name in ("The Miller", "texts/mill.txt", "mill.txt", None):
+        pairs = [{"question": "Who?", "answer": "Bob59.", "context": name}, {"question": "Is it?", "answer": "yes"}]
+        file.write_text(json.dumps(pairs[0]) + "\n", encoding="utf-8")
+        (found,) = read_pairs(file, pieces)
+        assert found.context == pieces[-1] and found.related == (Sentence("Who?", "Bob59.", pieces[-1].id),)
+    file.write_text(json.dumps(pairs[1]) + "\n", encoding="utf-8")
+    assert [one.context for one in read_pairs(file, pieces)] == pieces
 
 
 @pytest.mark.parametrize(("content", "says"), [

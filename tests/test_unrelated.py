@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +47,45 @@ def test_a_name_is_swapped_only_where_it_is_one() -> None:
     assert swapped is not None and swapped.endswith("Festival held?") and "Marsh" not in swapped
 
 
+@pytest.mark.parametrize(("question", "around"), [
+    ("Does Velmora have a mayor?", ("Does ", " have a mayor?")),
+    ("In Velmora, who is the mayor?", ("In ", ", who is the mayor?")),
+    ("What is Velmora's glass?", ("What is ", "'s glass?")),
+    ("Was Odric Hallan a mayor?", ("Was ", " a mayor?")),
+    ("Is Mayor of Velmora a title?", ("Is Mayor of ", " a title?")),
+    ("Where is Élbrü?", ("Where is ", "?")),
+])
+def test_names_behind_other_words_endings_and_accents(question: str, around: tuple[str, str]) -> None:
+    text = f"{a_set().context.text} The river is the Élbrü."
+    swapped = unrelated.swap_names(question, text, Slots(random.Random(0)), owners=True)
+    assert swapped and swapped != question and swapped.startswith(around[0]) and swapped.endswith(around[1])
+
+
+def test_neighbours_of_owners_are_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unrelated, "answered", lambda lm, questions, seed: [Sentence(q, "x") for q in questions])
+    one = a_set()
+    both = replace(one, related=(*one.related, Sentence("What is Velmora's glass?", "red", one.context.id)))
+    few, many = ([s.prompt for s in unrelated.neighbours(tiny_lm(), both, n)] for n in (8, 12))
+    assert many[:8] == few and all(q.startswith("Who is the mayor of ") for q in few)
+    assert len(many) == 12 and all(q.startswith("What is ") and q.endswith("'s glass?") for q in many[8:])
+
+
+def test_passages_lose_no_long_sentence() -> None:
+    for text in ("我们今天去公园。天气很好。" * 72, "很" * 1000, "and so on " * 96):
+        found = unrelated.passages_of(text)
+        assert "".join("".join(found).split()) == "".join(text.split())
+        assert all(40 <= len(p) <= 2 * unrelated.LONGEST for p in found)
+
+
+def test_slimpajama_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(TargetError, match="TimeoutError"):
+        unrelated.slimpajama(3)
+
+
 def test_self_samples_come_from_the_model_and_repeat_with_the_seed() -> None:
     lm = tiny_lm("llama", chat=True)
     one = unrelated.sampled(lm, 6, seed=1)
@@ -59,6 +101,8 @@ def test_own_text_and_its_errors(tmp_path: Path) -> None:
     for bad in (tmp_path / "missing.txt", tmp_path):
         with pytest.raises(TargetError, match="UTF-8 text file"):
             unrelated.from_file(bad)
+    file.write_text("\ufeffThe boat came home very late in the evening.")
+    assert unrelated.from_file(file) == ["The boat came home very late in the evening."]
     file.write_text("x")
     with pytest.raises(TargetError, match="no sentences"):
         unrelated.from_file(file)

@@ -113,7 +113,7 @@ def read_conversations(path: str | Path, *, limit: int | None = None, first: Rol
         raise DataError(f"{limit} conversations cannot be read: give a limit of at least 1")
     said: dict[str, list[Turn]] = {}
     for row, where in json_lines(path):
-        name = str(row.get("dialog_id", where))
+        name = where if row.get("dialog_id") is None else str(row["dialog_id"])
         turns = _turns_of_dialogue(row, where) if "turns" in row else _turns_of_row(row, where, first)
         if name not in said and limit is not None and len(said) == limit:
             continue  # rows of the conversations taken may still come
@@ -137,10 +137,10 @@ def _turns_of_dialogue(row: dict[str, Any], where: str) -> list[Turn]:
 
 
 def _turns_of_row(row: dict[str, Any], where: str, first: Role) -> list[Turn]:
-    texts = [str(text) for text in _list(row, "context", where)]
+    texts = [str(text or "") for text in _list(row, "context", where)]
     second: Role = "System" if first == "User" else "User"
     turns = [Turn(first if i % 2 == 0 else second, text) for i, text in enumerate(texts)]
-    return [*turns, Turn("User" if row.get("is_user") else "System", str(row.get("resp", "")))]
+    return [*turns, Turn("User" if row.get("is_user") else "System", str(row.get("resp") or ""))]
 
 
 # --- the test --------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def read_requests(path: str | Path, entities: dict[int, str], limit: int | None 
         if not isinstance(row.get("input"), str):
             raise DataError(f"{where}: 'input' is missing: write the conversation up to the turn into it")
         ids = {key: tuple(_list(row, key, where)) for key in ("rec", "prev_entity")}
-        unknown = [i for key in ids for i in ids[key] if i not in entities]
+        unknown = [i for key in ids for i in ids[key] if not isinstance(i, int) or i not in entities]
         if unknown:
             raise DataError(f"{where}: no entity has the id {unknown[0]}: give the entity2id.json of this test")
         if not ids["rec"]:

@@ -7,7 +7,8 @@ Source: arXiv 2410.00487, section 4.1 (1,581 contexts and 3,353 questions are le
 
 from __future__ import annotations
 
-from selfparam.data.qa import Row, read_lines, row_of
+from selfparam.data.files import json_lines
+from selfparam.data.qa import Row, row_of
 from selfparam.errors import ContextError
 
 HUB = "sggetao/PwC"
@@ -17,7 +18,7 @@ ANSWER_TOKENS = 5
 def rows(path: str | None = None) -> list[Row]:
     """All rows, in their order: of the file, or of the hub's test split. Raises ContextError."""
     if path:
-        lines = list(read_lines(path))
+        lines = list(json_lines(path))
     else:
         try:
             from datasets import load_dataset

@@ -6,12 +6,11 @@ a function that the caller gives. Source: the layout of many public sets; PwC ha
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfparam.data.files import json_lines
 from selfparam.data.items import Count, Item
 from selfparam.errors import ContextError
 from selfparam.types import Context, Question, content_hash
@@ -22,27 +21,6 @@ Row = tuple[str, str, tuple[str, ...]]
 def words(text: str) -> int:
     """Tokens as white space separates them: the same for every model."""
     return len(text.split())
-
-
-def read_lines(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a JSONL file (.gz too) and where each stands. Raises ContextError with file and line."""
-    file = Path(path)
-    try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        text = raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no UTF-8 text"
-        raise ContextError(f"cannot read the data '{file}' ({reason}): check the path in the table") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ContextError(f"{file}:{number}: no JSON: write one object a line") from error
-        if not isinstance(found, dict):
-            raise ContextError(f"{file}:{number}: no JSON object: write one object a line")
-        yield found, f"{file}:{number}"
 
 
 def row_of(line: dict[str, Any], where: str, context: str = "context", question: str = "question") -> Row:
@@ -56,9 +34,12 @@ def row_of(line: dict[str, Any], where: str, context: str = "context", question:
 
 
 def rows_of_file(path: str | Path, only: Mapping[str, Sequence[Any]] | None = None) -> list[Row]:
-    """All rows of a JSONL file, or those whose fields have one of the values that `only` names. Raises ContextError."""
+    """All rows of a JSONL file (.gz too), or those whose fields have one of the values that `only` names.
+
+    Raises DataError for a file that is no JSONL, ContextError for a line without a row.
+    """
     wanted = (only or {}).items()
-    return [row_of(line, where) for line, where in read_lines(path) if all(line.get(k) in v for k, v in wanted)]
+    return [row_of(line, where) for line, where in json_lines(path) if all(line.get(k) in v for k, v in wanted)]
 
 
 def items_of(rows: Iterable[Row], source: str, *, answer_tokens: int | None = None, longest: int | None = None,

@@ -15,7 +15,7 @@ from selfparam.lm import LM, Progress
 from selfparam.metrics.qa_f1 import qa_f1, tokens
 from selfparam.targets.authors import Author, EndpointAuthor, LocalAuthor
 from selfparam.targets.files import cached, read_pairs, read_sets, write_sets
-from selfparam.targets.parse import Pair, Report, keep_pairs, parse_pairs
+from selfparam.targets.parse import UNSPACED, Pair, Report, keep_pairs, parse_pairs, plain
 from selfparam.types import Context, Sentence, TargetSet
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
 
 #: Rounds at most. An author who writes enough at once needs one.
 ROUNDS = 10
+#: Rounds in a row without a new pair after which an author that may cost money is not asked again.
+IDLE = 2
 #: Pairs asked for beyond those that lack, because some will be dropped.
 _SPARE = 2
 #: Texts that a local author samples together: a later round asks it several times about each of a few contexts, which
@@ -39,7 +41,7 @@ def write_pairs(
     """At most `pairs` distinct pairs about each context, in the order of `contexts`, and what became of the others.
 
     A later round asks only about contexts that still lack pairs and shows the author their questions; a local author is
-    asked several times at once where they are few.
+    asked several times at once where they are few, and any other no more after IDLE rounds without a new pair.
     progress: called after each round with (pairs kept, pairs requested), both over all contexts.
     Raises TargetError where nothing usable was written about a context (strict; else its report says so in `nothing`),
     AuthorError when the author fails.
@@ -48,13 +50,14 @@ def write_pairs(
         raise TargetError(f"{pairs} pairs in {rounds} rounds cannot be written: ask for at least one pair in one round")
     kept: list[list[Pair]] = [[] for _ in contexts]
     dropped: list[Counter[str]] = [Counter() for _ in contexts]
-    asked, wrote = [0] * len(contexts), [""] * len(contexts)
+    asked, idle, wrote = [0] * len(contexts), [0] * len(contexts), [""] * len(contexts)
+    local = isinstance(author, LocalAuthor)
     for turn in range(rounds):
-        lacking = [i for i, found in enumerate(kept) if len(found) < pairs]
+        lacking = [i for i, found in enumerate(kept) if len(found) < pairs and (local or idle[i] < IDLE)]
         if not lacking:
             break
         n = pairs if turn == 0 else max(pairs - len(kept[i]) for i in lacking) + _SPARE
-        times = max(1, TOGETHER // len(lacking)) if turn and isinstance(author, LocalAuthor) else 1
+        times = max(1, TOGETHER // len(lacking)) if turn and local else 1
         order = [i for i in lacking for _ in range(times)]
         texts = author.write([contexts[i] for i in order], [tuple(kept[i]) for i in order], n)
         by_context: dict[int, list[Pair]] = {i: [] for i in lacking}
@@ -73,6 +76,7 @@ def write_pairs(
                     dropped[i]["answered otherwise"] += len(new) - len(sure)
             found = confirmed
         for i, new in zip(lacking, found, strict=True):
+            idle[i] = 0 if new else idle[i] + 1
             kept[i] += _rarest(new, kept[i], pairs - len(kept[i]))
         if progress:
             progress(sum(map(len, kept)), pairs * len(contexts))
@@ -112,16 +116,24 @@ def _confirmed(lm: LM, texts: Sequence[str], found: Sequence[Sequence[Pair]]) ->
     given = lm.answer([q for _, (q, _) in asked], [texts[i] for i, _ in asked], max_new_tokens=2 * longest + 8)
     sure: list[list[Pair]] = [[] for _ in texts]
     for (i, pair), answer in zip(asked, given, strict=True):
-        if _agree(tokens(pair[1]), tokens(answer)):
+        if _agree(pair[1], answer):
             sure[i].append(pair)
     return sure
 
 
-def _agree(one: list[str], other: list[str]) -> bool:
-    """Whether two answers say the same: one has all words of the other, or most words are in both."""
-    if not one or not other:
-        return one == other
-    return set(one) <= set(other) or set(other) <= set(one) or qa_f1(" ".join(one), [" ".join(other)]) > 0.5
+def _agree(one: str, other: str) -> bool:
+    """Whether two answers say the same: one has all words of the other, or most words are in both.
+
+    In scripts without spaces: one stands in the other, or most letters are in both.
+    """
+    if UNSPACED.search(one + other):
+        first, second = ("".join(plain(text).split()) for text in (one, other))
+        within = bool(first and second) and (first in second or second in first)
+        return within or qa_f1(" ".join(first), [" ".join(second)]) > 0.5
+    words, others = tokens(one), tokens(other)
+    if not words or not others:
+        return words == others
+    return set(words) <= set(others) or set(others) <= set(words) or qa_f1(one, [other]) > 0.5
 
 
 def _nothing(context: Context, text: str, rounds: int, dropped: Counter[str]) -> str:

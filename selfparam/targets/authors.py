@@ -145,10 +145,10 @@ class EndpointAuthor:
         self._key_name, self._prices, self._lock = api_key_env, (price_in, price_out), Lock()
         self._prompt, self._again = read_prompt(prompt), read_prompt("again")
         self._url = str(self._client.base_url.copy_with(userinfo=b""))
-        self.id = f"{model} {Path(prompt).stem} {content_hash(self._prompt, self._again, DATA_RULE)}"
+        self.id = f"{model} {Path(prompt).stem} {content_hash(self._url, self._prompt, self._again, DATA_RULE)}"
 
     def write(self, contexts: Sequence[Context], existing: Sequence[Sequence[Pair]], n: int) -> list[str]:
-        """See Author. Raises AuthorError when a request still fails after the retries, or its answer is empty."""
+        """See Author; an answer may be empty. Raises AuthorError when a request still fails after the retries."""
         with ThreadPoolExecutor(max(1, self.concurrency)) as pool:
             asked = [pool.submit(self._ask, x, pairs, n) for x, pairs in zip(contexts, existing, strict=True)]
             texts = []
@@ -181,9 +181,6 @@ class EndpointAuthor:
                               "correct the address (it usually ends in /v1)") from error
         if reply.usage:
             self._count(reply.usage.prompt_tokens or 0, reply.usage.completion_tokens or 0)
-        if not text.strip():
-            raise AuthorError(f"'{self.model}' answered nothing about '{context.title or context.id}' "
-                              f"({choice.finish_reason}): choose another model or leave this context out")
         return _without_last_line(text) if choice.finish_reason == "length" else text
 
     def _count(self, tokens_in: int, tokens_out: int) -> None:
@@ -197,6 +194,9 @@ class EndpointAuthor:
         """One line for what the client raised."""
         import openai
 
+        if isinstance(error, openai.APITimeoutError):
+            return (f"{self._url} did not answer in time, after {self.retries} retries: try again later, "
+                    "or choose a faster model")
         if isinstance(error, openai.APIConnectionError):
             return f"cannot reach {self._url} after {self.retries} retries: start the server, or correct its address"
         code = error.status_code if isinstance(error, openai.APIStatusError) else 0
@@ -207,8 +207,10 @@ class EndpointAuthor:
                     "correct the model's name, or the address (it usually ends in /v1)")
         if code == 429:
             return (f"{self._url} still refuses after {self.retries} retries (HTTP 429): "
-                    "lower the concurrency or look at your quota")
-        said = " ".join(str(error).split())[:120]
+                    "try again later, or look at your quota")
+        said = " ".join(str(error).split())[:200]
+        if 400 <= code < 500:
+            return f"{self._url} refuses the request ({said}): choose another model, or leave out what it refuses"
         return f"{self._url} failed ({said}): try again later or choose another endpoint"
 
 

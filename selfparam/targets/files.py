@@ -7,16 +7,15 @@ Source: SELF-PARAM, arXiv 2410.00487, section 3.2; the layout is ours.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from selfparam.data.files import json_lines
+from selfparam.data.files import json_lines, write_json_lines, write_text
 from selfparam.errors import OutputError, TargetError
 from selfparam.targets.authors import Author
-from selfparam.targets.parse import Report
+from selfparam.targets.parse import Report, plain, stands_in
 from selfparam.types import Context, Sentence, TargetSet, content_hash
 
 Written = tuple[tuple[Sentence, ...], Report]
@@ -31,7 +30,7 @@ def write_sets(path: str | Path, sets: Sequence[TargetSet]) -> None:
         x = one.context
         lines.append({"id": x.id, "title": x.title, "source": x.source, "text": x.text, "author": one.author})
         lines += [{"context": x.id, **_line(s)} for s in (*one.related, *one.unrelated)]
-    _write(Path(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_json_lines(path, lines)
 
 
 def _line(sentence: Sentence) -> dict[str, Any]:
@@ -75,20 +74,25 @@ def read_sets(path: str | Path) -> list[TargetSet]:
 def read_pairs(path: str | Path, contexts: Sequence[Context]) -> list[TargetSet]:
     """One's own pairs, JSONL of "question" and "answer" (or "prompt" and "completion"): a target set for each context.
 
-    "context" (an id or a title) says which one a pair is about; with one context it may be left out.
-    Raises TargetError or DataError with file and line, or for a context that no pair is about.
+    "context" (an id, a title or a source) says which one a pair is about; with one document it may be left out. Of
+    the pieces of a document it is the one in which the answer stands, else all; a piece without a pair has no set.
+    Raises TargetError or DataError with file and line, or for a document that no pair is about.
     """
     related: list[list[Sentence]] = [[] for _ in contexts]
     for line, where in json_lines(path):
         question, answer = ("prompt", "completion") if "prompt" in line else ("question", "answer")
-        i = 0 if len(contexts) == 1 and line.get("context") is None else _owner(line, contexts, where)
-        related[i].append(Sentence(text_of(line, question, where), text_of(line, answer, where), contexts[i].id))
-    for x, found in zip(contexts, related, strict=True):
-        if not found:
+        asked, said = text_of(line, question, where), text_of(line, answer, where)
+        named = range(len(contexts)) if line.get("context") is None and _one_document(contexts) else _named(
+            line, contexts, where)
+        for i in [i for i in named if stands_in(said, plain(contexts[i].text))] or named:
+            related[i].append(Sentence(asked, said, contexts[i].id))
+    written = {x.document or x.id for x, found in zip(contexts, related, strict=True) if found}
+    for x in contexts:
+        if (x.document or x.id) not in written:
             raise TargetError(f"{path}: no pair about '{x.title or x.id}': add one, or leave that context out")
     parts = [part for found in related for s in found for part in (s.prompt, s.completion)]
     author = f"{Path(path).name} {content_hash(*parts)}"
-    return [TargetSet(x, tuple(found), (), author) for x, found in zip(contexts, related, strict=True)]
+    return [TargetSet(x, tuple(found), (), author) for x, found in zip(contexts, related, strict=True) if found]
 
 
 def cached(folder: str | Path, contexts: Sequence[Context], author: Author, pairs: int, rounds: int,
@@ -115,7 +119,7 @@ def cached(folder: str | Path, contexts: Sequence[Context], author: Author, pair
                 continue  # it is asked for again
             entry = {"title": contexts[i].title, "author": author.id, "report": asdict(report),
                      "pairs": [[s.prompt, s.completion] for s in sentences]}
-            _write(files[i], json.dumps(entry, ensure_ascii=False, indent=1) + "\n")
+            write_text(files[i], json.dumps(entry, ensure_ascii=False, indent=1) + "\n")
     return [entry for entry in found if entry is not None]
 
 
@@ -132,13 +136,20 @@ def _cache_entry(file: Path, context: Context) -> Written | None:
     return (sentences, report) if sound else None
 
 
-def _owner(line: dict[str, Any], contexts: Sequence[Context], where: str) -> int:
+def _named(line: dict[str, Any], contexts: Sequence[Context], where: str) -> list[int]:
+    """The one context that "context" names, or all pieces of the one document."""
     name = text_of(line, "context", where)
-    fits = [i for i, x in enumerate(contexts) if x.id == name] or [i for i, x in enumerate(contexts) if x.title == name]
-    if len(fits) != 1:
+    fits = [i for i, x in enumerate(contexts) if x.id == name] or [
+        i for i, x in enumerate(contexts) if name in (x.title, x.source, x.document, Path(x.document).name)]
+    if not fits or not _one_document([contexts[i] for i in fits]):
         count = "no context is" if not fits else f"{len(fits)} contexts are"
-        raise TargetError(f"{where}: {count} called '{name}': give the id or the title of one of the contexts")
-    return fits[0]
+        raise TargetError(f"{where}: {count} called '{name}': give the id, the title or the source of one of them")
+    return fits
+
+
+def _one_document(contexts: Sequence[Context]) -> bool:
+    """Whether it is one context, or the pieces of one."""
+    return len(contexts) == 1 or (len({x.document for x in contexts}) == 1 and bool(contexts[0].document))
 
 
 def text_of(line: dict[str, Any], key: str, where: str, default: str | None = None) -> str:
@@ -151,16 +162,3 @@ def text_of(line: dict[str, Any], key: str, where: str, default: str | None = No
     if not value.strip() and default is None:
         raise TargetError(f"{where}: '{key}' is empty: fill it in or delete the line")
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it. Raises OutputError."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            beside.write_text(text, encoding="utf-8", newline="\n")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write '{path}' ({error.strerror}): free space or choose another file") from error

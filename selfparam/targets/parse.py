@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 Pair = tuple[str, str]
 
 LONGEST_QUESTION = 60  # words
+#: Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 
 _BULLET = re.compile(r"^\s*[-–—*•·]\s+|\s[-–—•·]\s*$")
 _MARK_AT_START = re.compile(
@@ -72,7 +74,7 @@ class Report:
 
 def parse_pairs(text: str) -> list[Pair]:
     """(question, answer) pairs in the order of the text. A last pair without an answer is dropped. Never raises."""
-    text = text.rpartition("</think>")[2]
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
     pairs = _json_pairs(text) or _marked_pairs(text)
     if pairs and not pairs[-1][1]:
         pairs.pop()
@@ -89,25 +91,25 @@ def keep_pairs(
     it orders the author about), "duplicate" (the question exists, with any answer).
     """
     orders, rest = _orders(context)
-    known = {_plain(q) for q, _ in existing}
+    known = {plain(q) for q, _ in existing}
     kept: list[Pair] = []
     dropped: Counter[str] = Counter()
     for question, answer in pairs:
-        obeys = _stands_in(answer, orders) and not _stands_in(answer, rest)
+        obeys = stands_in(answer, orders) and not stands_in(answer, rest)
         reason = _fault(question, answer, longest_answer) or ("instruction" if obeys else "") or (
-            "duplicate" if _plain(question) in known else "")
+            "duplicate" if plain(question) in known else "")
         if reason:
             dropped[reason] += 1
         else:
-            known.add(_plain(question))
+            known.add(plain(question))
             kept.append((question, answer))
     return kept, dict(dropped)
 
 
 def _fault(question: str, answer: str, longest_answer: int) -> str:
-    if not _plain(question) or not _plain(answer):
+    if not plain(question) or not plain(answer):
         return "empty"
-    if len(answer.split()) > longest_answer or len(question.split()) > LONGEST_QUESTION:
+    if length(answer) > longest_answer or length(question) > LONGEST_QUESTION:
         return "too long"
     both = f"{question}\n{answer}"
     if _INSTRUCTION.search(both):
@@ -128,16 +130,21 @@ def _orders(context: str) -> tuple[str, str]:
         ordered = bool(_INSTRUCTION.search(sentence) or _WRITES_ORDER.search(sentence))
         parts[0 if ordered or follows else 1].append(sentence)
         follows = ordered
-    return _plain(" ".join(parts[0])), _plain(" ".join(parts[1]))
+    return plain(" ".join(parts[0])), plain(" ".join(parts[1]))
 
 
-def _stands_in(answer: str, plain: str) -> bool:
+def stands_in(answer: str, text: str) -> bool:
     """Whether the words of the answer, at least two letters, stand in a plain text."""
-    said = _plain(answer)
-    return len(said) > 1 and f" {said} " in f" {plain} "
+    said = plain(answer)
+    return len(said) > 1 and (said in text if UNSPACED.search(said) else f" {said} " in f" {text} ")
 
 
-def _plain(text: str) -> str:
+def length(text: str) -> int:
+    """Words; two letters of a script without spaces are one."""
+    return len(UNSPACED.sub("", text).split()) + len(UNSPACED.findall(text)) // 2
+
+
+def plain(text: str) -> str:
     """Text without case, punctuation and superfluous white space, to compare by."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(" " if unicodedata.category(c)[0] == "P" else c for c in folded).split())
@@ -147,24 +154,26 @@ def _clean(text: str) -> str:
     """One line without list bullets, bold marks and broken characters."""
     text = _BULLET.sub("", text.encode("utf-8", "ignore").decode())
     text = re.sub(r"\*\*([^*]+)\*\*", r"\1", text)
-    return " ".join(text.split()).strip("*").strip()
+    return re.sub(r"^\*+(?![*./])|\*+$", "", " ".join(text.split())).strip()
 
 
 def _json_pairs(text: str) -> list[Pair]:
     """Pairs of the JSON objects in a text, also where the list around them is cut off."""
     pairs: list[Pair] = []
     decoder = json.JSONDecoder()
-    at = text.find("{") if '"question"' in text else -1
+    at = text.find("{") if re.search(r'"q(?:uestion)?"', text, re.IGNORECASE) else -1
     while at >= 0:
         end = at + 1
         try:
             found, stop = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
             found = None
-        if isinstance(found, dict) and "question" in found and "answer" in found:
+        named = {key.casefold(): value for key, value in found.items()} if isinstance(found, dict) else {}
+        pair = [named.get(key, named.get(key[0])) for key in ("question", "answer")]
+        if None not in pair:
             end = stop
-            if all(isinstance(found[key], (str, int, float)) for key in ("question", "answer")):
-                pairs.append((_clean(str(found["question"])), _clean(str(found["answer"]))))
+            if all(isinstance(part, (str, int, float)) for part in pair):
+                pairs.append((_clean(str(pair[0])), _clean(str(pair[1]))))
         at = text.find("{", end)
     return pairs
 
@@ -172,9 +181,11 @@ def _json_pairs(text: str) -> list[Pair]:
 def _marked_pairs(text: str) -> list[Pair]:
     pairs: list[Pair] = []
     question = ""
+    if re.search(r"^\W*Q\d{0,3}[.)]\s", text, re.MULTILINE):  # else "A. …" may be one of several choices
+        text = re.sub(r"^(\W*[QA]\d{0,3})[.)](?=\s)", r"\1:", text, flags=re.MULTILINE)
     for kind, lines in _segments(text):
         if kind == "q":
-            question = _first_paragraph(lines)
+            question = _first_paragraph(lines, asks=True)
         elif kind == "a" and question:
             pairs.append((question, _first_paragraph(lines)))
             question = ""
@@ -195,7 +206,9 @@ def _segments(text: str) -> list[tuple[str, list[str]]]:
         inside = _MARK_INSIDE.search(line)
         while inside:
             kind = inside[1][0].lower()
-            if {found[-1][0], kind} == {"q", "a"}:
+            before = line[: inside.start()].rstrip("*_ \t")
+            named = len(inside[1]) > 1 or before.endswith(("?", ".", "？", "。"))  # else "Vitamin A: …"
+            if named and {found[-1][0], kind} == {"q", "a"}:
                 found[-1][1].append(line[: inside.start()])
                 found.append((kind, []))
                 line = line[inside.end() :]
@@ -212,15 +225,19 @@ def _take_question(lines: list[str]) -> list[str]:
         lines.pop()
     if not lines or not _clean(lines[-1]).endswith("?"):
         return []
-    return [re.sub(r"^\s*\(?\d{1,3}[.)]\s+", "", lines.pop())]
+    return [re.sub(r"^\s*([*_]{0,3})\(?\d{1,3}[.)]\s+", r"\1", lines.pop())]
 
 
-def _first_paragraph(lines: list[str]) -> str:
-    """The first lines up to an empty one, a rule, or a question that has no mark; items of a list joined by commas."""
+def _first_paragraph(lines: list[str], asks: bool = False) -> str:
+    """The first lines up to an empty one, a rule, or a question that has no mark; items of a list joined by commas.
+
+    asks: it is a question, which may itself end in a later line.
+    """
     taken: list[str] = []
     for line in lines:
         says = _clean(line)
-        if _ENDS_ANSWER.match(line) or (taken and (not says or says.endswith("?"))):
+        continued = asks and not (taken and _clean(taken[-1]).endswith("?"))
+        if _ENDS_ANSWER.match(line) or (taken and (not says or (says.endswith("?") and not continued))):
             break
         if says:
             taken.append(line)

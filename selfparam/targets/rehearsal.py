@@ -22,6 +22,7 @@ import torch
 
 from selfparam.lm import LM
 from selfparam.metrics.qa_f1 import tokens
+from selfparam.targets.parse import length
 from selfparam.types import Sentence, TargetSet, content_hash
 
 QUESTION_TOKENS, ANSWER_TOKENS = 28, 16
@@ -167,7 +168,7 @@ def _written(lm: LM, n: int, openings: Sequence[str], first: LM | None, temperat
         broken = opening and text[:1].isalpha()  # the first word went on: "Do" + "cument"
         whole = len(lm.encode(text)) < QUESTION_TOKENS - 1 or "\n" in text.strip()
         asked = question if re.search(r"[.!?。！？]$", question) else f"{question}?"
-        fault = ("no question" if broken or len(question.split()) < 3 else "unfinished" if not whole
+        fault = ("no question" if broken or length(question) < 3 else "unfinished" if not whole
                  else "repeated" if tuple(tokens(asked)) in questions else "")
         if fault:
             dropped[fault] += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -23,7 +24,10 @@ from selfparam.types import Sentence, TargetSet
 SLIMPAJAMA = "cerebras/SlimPajama-627B"
 LONGEST = 320  # characters of a plain passage
 RATIO, NEIGHBOUR_SHARE = 4.0, 0.9  # measured on the embedded model (docs/LOG.md): with fewer a new fact leaks
-_NAME = re.compile(r"[A-Z][\w'’-]*(?: (?:of |the )?[A-Z][\w'’-]*)*")
+_LETTERS = "".join(map(chr, range(0x250)))  # Latin ones: other alphabets have no made-up names here
+_UPPER, _LOWER = ("[" + "".join(filter(kind, _LETTERS)) + "]" for kind in (str.isupper, str.islower))
+_NAME = re.compile(rf"{_UPPER}[\w'’-]*(?: (?:of |the )?{_UPPER}[\w'’-]*)*")
+_OF = re.compile(r"['’]s?$")  # Bellmere's
 
 
 def packaged(part: Literal["train", "held-out"] = "train") -> list[str]:
@@ -33,23 +37,24 @@ def packaged(part: Literal["train", "held-out"] = "train") -> list[str]:
 
 
 def passages_of(text: str) -> list[str]:
-    """Passages of one or a few sentences (80 to LONGEST characters) from a longer text."""
+    """Passages of one or a few sentences, about LONGEST characters, from a longer text; of less than 40 none."""
     found: list[str] = []
     for paragraph in re.split(r"\n\s*\n|\n", text):
         kept = ""
-        for sentence in re.findall(r"[^.!?]+[.!?]+[\"'”’)]*\s*|[^.!?]+$", paragraph.strip()):
+        for sentence in re.findall(r"[^.!?。！？]+[.!?。！？]+[\"'”’)」』]*\s*|[^.!?。！？]+$", paragraph.strip()):
             if kept and len(kept) + len(sentence) > LONGEST:
                 found.append(kept.strip())
                 kept = ""
             kept += sentence
         found.append(kept.strip())
-    return [p for p in found if 40 <= len(p) <= 2 * LONGEST]
+    parts = [part for p in found for part in (textwrap.wrap(p, LONGEST) if len(p) > 2 * LONGEST else [p])]
+    return [part for part in parts if len(part) >= 40]
 
 
 def from_file(path: str | Path) -> list[str]:
     """Passages of the user's own text file. Raises TargetError when there are none."""
     try:
-        found = passages_of(Path(path).read_text("utf-8"))
+        found = passages_of(Path(path).read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(f"cannot read unrelated text from '{path}' ({error}): give a UTF-8 text file") from error
     if not found:
@@ -69,9 +74,8 @@ def slimpajama(n: int, seed: int = 0) -> list[str]:
             if len(found) >= n:
                 return found[:n]
     except Exception as error:  # the hub client raises many kinds; the user needs one line
-        raise TargetError(
-            f"cannot stream {SLIMPAJAMA} ({str(error).splitlines()[0][:120]}): give a text file or 'self' as source"
-        ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise TargetError(f"cannot stream {SLIMPAJAMA} ({reason}): give a text file or 'self' as source") from error
     return found
 
 
@@ -98,17 +102,27 @@ def answered(lm: LM, questions: Sequence[str], *, seed: int = 0, temperature: fl
     return [Sentence(q, a.strip()) for q, a in zip(questions, texts, strict=True) if a.strip()]
 
 
-def swap_names(question: str, context: str, slots: Slots) -> str | None:
+def swap_names(question: str, context: str, slots: Slots, owners: bool = False) -> str | None:
     """The question about another subject: names that also stand in the context are replaced by made-up ones.
 
-    A capitalised common noun that the context also has in lower case ("Festival") stays. None without any name.
+    A capitalised common noun that the context also has in lower case ("Festival") stays. Of a name that the context has
+    not, the last words that it has count. owners: "Bellmere's" is Bellmere, too. None without any name.
     """
-    words = set(re.findall(r"\b[a-z][\w-]+", context))
+    words = set(re.findall(rf"\b{_LOWER}[\w-]+", context))
 
     def other(match: re.Match[str]) -> str:
-        name = match.group(0)
-        if name not in context or (match.start() == 0 and " " not in name and name.lower() in words | {"the", "a"}):
-            return name
+        first, name = "", match.group(0)
+        ending = "".join(_OF.findall(name)) if owners and name not in context else ""
+        name = name.removesuffix(ending)
+        while name and (name[0].islower() or name not in context):  # "Does Bellmere", "Mayor of Bellmere"
+            word, space, name = name.partition(" ")
+            first += word + space
+        alone = not first and match.start() == 0 and " " not in name
+        if not name or (alone and name.lower() in words | {"the", "a"}):
+            return match.group(0)
+        return first + another(name) + ending
+
+    def another(name: str) -> str:
         parts = name.split()
         if slots.rng.random() < 0.6:  # a name of the same shape: hard to tell apart by its kind
             return " ".join(p if p.lower() in words or not p[0].isupper() else _alike(p, slots) for p in parts)
@@ -129,17 +143,24 @@ def _alike(word: str, slots: Slots) -> str:
 
 
 def neighbours(lm: LM, target_set: TargetSet, n: int, *, seed: int = 0) -> list[Sentence]:
-    """Up to n of the set's questions asked about other subjects, answered by the model as it is."""
+    """Up to n of the set's questions asked about other subjects, answered by the model as it is.
+
+    Questions that name their subject only as an owner ("Bellmere's") are asked where the others give too few.
+    """
     rng = random.Random(f"{seed}/{target_set.context.id}")
     slots = Slots(rng)
     questions = [s.prompt for s in target_set.related if s.prompt]
     swapped: list[str] = []
-    for question in _forever(rng, questions):
-        found = swap_names(question, target_set.context.text, slots)
-        if found:
-            swapped.append(found)
-        if len(swapped) >= n:
-            break
+    for owners in (False, True):
+        named = set()
+        for question in _forever(rng, questions if len(swapped) < n else []):
+            found = swap_names(question, target_set.context.text, slots, owners)
+            if found:
+                named.add(question)
+                swapped.append(found)
+            if len(swapped) >= n:
+                break
+        questions = [question for question in questions if question not in named]
     return answered(lm, swapped, seed=seed)
 
 
