@@ -191,6 +191,22 @@ def test_bf16_trains_too() -> None:
     assert done.trained.losses[-1] < 0.8 * done.trained.losses[0]
 
 
+@pytest.mark.parametrize("train", ["mlp", "full", "osf"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_trained_in_float32(train: str, kind: torch.dtype) -> None:
+    found = []
+    for short in (True, False):
+        lm = tiny_lm("llama")
+        for p in lm.model.parameters():
+            p.data = p.data.to(kind)
+            p.data = p.data if short else p.data.float()
+        done = inject(lm, [a_set()], FAST.but(train=train, lr=1e-4))
+        assert {p.dtype for p in done.lm.model.parameters()} == {kind if short else torch.float32}
+        assert done.lm.model.model.rotary_emb.inv_freq.dtype == torch.float32
+        found.append(done.trained.losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0][-1] < found[0][0]
+
+
 def test_muon_in_float32_is_torchs() -> None:
     torch.manual_seed(0)
     start = [torch.randn(*shape) for shape in ((24, 8), (8, 24), (16, 16))]
