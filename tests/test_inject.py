@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import random
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from selfparam.errors import InjectionError
+from selfparam.errors import InjectionError, ModelError
 from selfparam.inject import inject, objective
 from selfparam.inject.objective import Head, kl, kl_tokens, next_word
 from selfparam.inject.pairs import SHAPE, STEPS, WORD, Row, build_rows, epoch_steps, offsets, pack
-from selfparam.inject.teacher import check_head, head_of, teacher_states
+from selfparam.inject.stack import inject_each
+from selfparam.inject.teacher import check_head, check_rows, head_of, teacher_states
 from selfparam.inject.trainable import Float32Muon, layer_linears, lora_targets, make_optimizers
 from selfparam.lm import LM
 from selfparam.types import PAPER, SMALL, Context, Recipe, Sentence, TargetSet
@@ -130,6 +133,29 @@ def test_packed_equals_unpacked(kind: str) -> None:
             alone = lm.hidden(lm.model, input_ids=torch.tensor([row.student]))[0, row.first - 1 : -1]
             mine = h[(packed.source >= start) & (packed.source < start + row.scored) & (packed.weight > 0)]
             assert torch.allclose(mine, alone, atol=2e-5), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows_are_told_apart(kind: str, dtype: torch.dtype) -> None:
+    lm = tiny_lm(kind)
+    lm.model.to(dtype).train()  # as it is found, so it is left
+    check_rows(lm)
+    assert lm.model.training
+
+
+@pytest.mark.parametrize(("kind", "own", "message"), [
+    ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, "cannot tell packed rows apart"),
+    ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, "a cache of keys and values"),
+])
+def test_rows_that_see_each_other_are_refused(kind: str, own: dict[str, Any], message: str) -> None:
+    lm = tiny_lm("llama")
+    config = CONFIG_MAPPING[kind](hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  vocab_size=len(lm.tokenizer), **own)
+    lm.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for injected in (lambda: inject(lm, [a_set()], FAST), lambda: next(inject_each(lm, [a_set()], FAST))):
+        with pytest.raises(ModelError, match=message):
+            injected()
 
 
 def test_same_ids_on_both_sides_and_answers_only() -> None:

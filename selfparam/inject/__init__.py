@@ -25,7 +25,7 @@ from selfparam.inject.memory import CACHE_BYTES, Kept, Tensors
 from selfparam.inject.objective import Target, Words, kl_tokens
 from selfparam.inject.pairs import Row, build_rows, pack
 from selfparam.inject.sharded import is_sharded, replicate
-from selfparam.inject.teacher import as_target, check_head, head_of, teacher_targets
+from selfparam.inject.teacher import as_target, check_head, check_rows, head_of, teacher_targets
 from selfparam.inject.trainable import lean, make_trainable, multiplies_bf16
 from selfparam.lm import LM
 from selfparam.types import Recipe, TargetSet
@@ -104,6 +104,7 @@ def inject(
         raise InjectionError("16-bit weights that are cut over processes cannot be trained themselves: load the model "
                              "with dtype float32 (its products are in bf16), or train 'lora'")
     check_head(lm)
+    check_rows(lm)
     rows, prefixes = build_rows(lm, target_sets, recipe)
     if teacher and any(r.rehearsed for r in rows) and not torch.equal(head_of(teacher).weight, head_of(lm).weight):
         raise InjectionError("the teacher has another output head than the model that rehearses: train LoRA or MLP "

@@ -27,7 +27,7 @@ from selfparam.inject.loop import Trained, check_finite, factor
 from selfparam.inject.memory import Kept
 from selfparam.inject.objective import Head, Target, Words, loss_of
 from selfparam.inject.pairs import Pack, Row, build_rows, epoch_steps, even_lines, lay, line_tokens, offsets
-from selfparam.inject.teacher import as_target, check_head, head_of, teacher_targets
+from selfparam.inject.teacher import as_target, check_head, check_rows, head_of, teacher_targets
 from selfparam.inject.trainable import apply, lean, make_optimizers, make_trainable
 from selfparam.lm import LM
 from selfparam.types import Recipe, TargetSet
@@ -60,6 +60,7 @@ def inject_each(lm: LM, target_sets: Sequence[TargetSet], recipe: Recipe, *, sta
     if stack < 1:
         raise InjectionError(f"a stack of {stack} holds no context: use at least 1")
     check_head(lm)
+    check_rows(lm)
     for at in range(0, len(target_sets), stack):
         pupils = [_Pupil(*build_rows(lm, [one], recipe), recipe) for one in target_sets[at : at + stack]]
         seconds = _train(lm, pupils, recipe)
