@@ -155,9 +155,10 @@ class LM:
 
     # --- ids ----------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def encode(self, text: str, template: bool = False) -> list[int]:
+        """Ids of a text, without special tokens added. Names of special tokens in it are words, but in a template."""
+        options = {} if template else {"split_special_tokens": True}
+        return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -174,16 +175,20 @@ class LM:
             user = [{"role": "user", "content": _MARK}]
             both = [*user, {"role": "assistant", "content": _MARK}]
             try:
-                asked = self.tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-                told = self.tokenizer.apply_chat_template(both, tokenize=False)
+                shown = partial(self.tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+                asked, told = shown(user, add_generation_prompt=True), shown(both)
             except Exception as error:
                 raise ModelError(
                     f"the chat template of '{self.name}' fails on a plain user turn ({error}): repair the template"
                 ) from error
-            head, _, tail = asked.partition(_MARK)
-            end = told.rsplit(_MARK, 1)[-1]
-            ids = self.encode(end) or [self.tokenizer.eos_token_id]
-            self._chat = (self.encode(head) or self.bos, self.encode(tail), ids)
+            if (asked.count(_MARK), told.count(_MARK)) != (1, 2):
+                raise ModelError(
+                    f"the chat template of '{self.name}' does not show every turn's words once: repair the template"
+                )
+            head, tail, end = (
+                self.encode(part, template=True) for part in (*asked.split(_MARK), told.rsplit(_MARK, 1)[-1])
+            )
+            self._chat = (head or self.bos, tail, end or [self.tokenizer.eos_token_id])
         return self._chat
 
     def prefix(self, context: str | None = None, plain: bool = False) -> list[int]:
@@ -207,6 +212,9 @@ class LM:
         prompt = self.question(s.prompt)
         if self.is_chat:
             return [*prompt, *self.encode(s.completion), *self.chat_parts()[2]], len(prompt)
+        joined = self.encode(f"Question: {s.prompt}\nAnswer: {s.completion}\n")
+        if joined[: len(prompt)] == prompt:  # some tokenizers would put one more space in front of an answer by itself
+            return joined, len(prompt)
         return [*prompt, *self.encode(f" {s.completion}\n")], len(prompt)
 
     def instruction(self, *pieces: str) -> list[int]:
