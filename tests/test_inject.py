@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from tokenizers import normalizers
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from selfparam.errors import InjectionError, ModelError
+from selfparam.errors import InjectionError, ModelError, StoppedError
 from selfparam.inject import inject, objective
+from selfparam.inject.checkpoint import Checkpoints, Position
+from selfparam.inject.loop import check_finite
 from selfparam.inject.objective import Head, kl, kl_tokens, next_word
 from selfparam.inject.pairs import SHAPE, STEPS, WORD, Row, build_rows, epoch_steps, offsets, pack
 from selfparam.inject.stack import inject_each
@@ -198,6 +201,35 @@ def test_same_ids_on_both_sides_and_answers_only() -> None:
     assert lm.decode(mara) == "Mara"
 
 
+def test_the_schedule_ends_with_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are long against a step, epochs differ in their number of steps; also after a stop."""
+    x = Context("The lamp.")
+    sets = [TargetSet(x, tuple(Sentence("Who?", "Mara " * (1 + 9 * (i % 3)), x.id) for i in range(12)))]
+    recipe = FAST.but(epochs=6, schedule="linear", batch_tokens=40)
+    rows, _ = build_rows(tiny_lm("llama"), sets, recipe)
+    rng = random.Random(recipe.seed)
+    each = [len(epoch_steps(rows, recipe, rng)) for _ in range(recipe.epochs)]
+    assert len(set(each)) > 1
+    module, taken = import_module("selfparam.inject.loop"), []
+    apply = module.apply
+
+    class Stops(Checkpoints):
+        def after_step(self, at: Position, last: bool) -> None:
+            self.stop = at.step == each[0] + 2
+            super().after_step(at, last)
+
+    monkeypatch.setattr(module, "apply", lambda optimizers, lr: (taken.append(lr), apply(optimizers, lr)))
+    with pytest.raises(StoppedError):
+        inject(tiny_lm("llama"), sets, recipe, checkpoints=Stops(tmp_path, every=1e9))
+    done = inject(tiny_lm("llama"), sets, recipe, checkpoints=Checkpoints(tmp_path))
+    assert done.trained.steps == sum(each)
+    assert taken == pytest.approx([recipe.lr * (1 - i / sum(each)) for i in range(sum(each))])
+    monkeypatch.setattr(import_module("selfparam.inject.stack"), "apply", module.apply)
+    taken.clear()
+    next(inject_each(tiny_lm("llama"), sets, recipe))
+    assert taken == pytest.approx([recipe.lr * (1 - i / sum(each)) for i in range(sum(each))])
+
+
 def test_steps_use_every_row_once() -> None:
     lm = tiny_lm("llama")
     rows, _ = build_rows(lm, [a_set()], PAPER)
@@ -335,6 +367,11 @@ def test_adapter_alone_gives_the_merged_weights() -> None:
 def test_a_loss_that_is_not_finite_is_one_line() -> None:
     with pytest.raises(InjectionError, match="smaller learning rate"):
         inject(tiny_lm("llama"), [a_set()], FAST.but(lr=1e30, train="full", clip=1e30))
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    with pytest.raises(InjectionError, match="norm of the gradient became inf in epoch 3"):
+        check_finite(0.5, float("inf"), 2, FAST)
 
 
 def test_nothing_to_train_and_too_long() -> None:
