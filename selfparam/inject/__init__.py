@@ -96,6 +96,9 @@ def inject(
     if is_sharded(lm.model) and not (in_place and accelerator and recipe.train in ("lora", "mlp") and not teacher):
         raise InjectionError("a model that is cut over processes is trained in place, as LoRA or MLP matrices, and is "
                              "its own teacher: in_place=True, accelerator=…, train 'lora' or 'mlp'")
+    if recipe.retention and recipe.train not in ("lora", "mlp"):
+        raise InjectionError(f"earlier injections cannot be held with train = '{recipe.train}': use 'lora' or 'mlp', "
+                             "or --retention 0")
     if recipe.retention and is_sharded(lm.model):
         raise InjectionError("what was learned before cannot be held in a model that is cut over processes: "
                              "use --retention 0")
