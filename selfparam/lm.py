@@ -65,7 +65,8 @@ class LM:
         """Load "embedded", a Hugging Face model directory, or a hub name.
 
         dtype: "auto" is float32 on a CPU (the model's own on a GPU), or "float32", "bfloat16".
-        Raises ModelError when there is no such model, it is not a causal language model, or a file is damaged.
+        Raises ModelError when there is no such model, it is not a causal language model, a file is damaged, or the
+        device is missing or full.
         """
         with quiet():
             path = embedded_path() if name == EMBEDDED else name
@@ -92,8 +93,13 @@ class LM:
                 raise ModelError(
                     f"cannot load the model '{name}' ({reason}): check the name or the directory"
                 ) from error
+        try:
+            model.to(where)
+        except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is missing or full
+            reason = " ".join(str(error).split())[:120]
+            raise ModelError(f"cannot put '{name}' on the device '{where}' ({reason}): try --device cpu") from error
         revision = getattr(model.config, "_commit_hash", None) or ""
-        return cls(model.to(where).eval(), tokenizer, name, revision).checked()
+        return cls(model.eval(), tokenizer, name, revision).checked()
 
     def checked(self) -> LM:
         """self, or ModelError where the model's logits are more than a linear head with an optional soft-cap."""
@@ -124,6 +130,9 @@ class LM:
             raise OutputError(
                 f"cannot write the model to '{folder}' ({error.strerror or error}): choose another folder"
             ) from error
+        except ValueError as error:  # transformers checks how the model would generate, and refuses to write it
+            says = " ".join(str(error).split())[:200]
+            raise OutputError(f"cannot write '{self.name}' ({says}): repair its generation_config.json") from error
 
     # --- facts about the model ----------------------------------------------------------------------------------
 
