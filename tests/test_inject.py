@@ -14,7 +14,7 @@ from tokenizers import normalizers
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from selfparam.errors import InjectionError, ModelError, StoppedError
+from selfparam.errors import InjectionError, ModelError, OutputError, StoppedError
 from selfparam.inject import inject, objective
 from selfparam.inject.checkpoint import Checkpoints, Position
 from selfparam.inject.loop import check_finite
@@ -22,7 +22,7 @@ from selfparam.inject.objective import Head, kl, kl_tokens, next_word
 from selfparam.inject.pairs import SHAPE, STEPS, WORD, Row, build_rows, epoch_steps, offsets, pack
 from selfparam.inject.stack import inject_each
 from selfparam.inject.teacher import check_head, check_rows, head_of, teacher_states
-from selfparam.inject.trainable import Float32Muon, layer_linears, lora_targets, make_optimizers
+from selfparam.inject.trainable import Float32Muon, layer_linears, lora_targets, make_optimizers, multiplies_bf16
 from selfparam.lm import LM
 from selfparam.types import PAPER, SMALL, Context, Recipe, Sentence, TargetSet
 from tests.tiny import KINDS, tiny_lm
@@ -325,6 +325,36 @@ def test_muon_is_torchs_where_bf16_is_fast(monkeypatch: pytest.MonkeyPatch) -> N
         assert type(optimizer) is (torch.optim.Muon if fast else Float32Muon)
 
 
+@pytest.mark.parametrize("train", ["lora", "mlp"])
+def test_experts_in_one_weight_are_refused(train: str) -> None:
+    lm = tiny_lm("llama")
+    config = CONFIG_MAPPING["mixtral"](
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=len(lm.tokenizer), initializer_range=0.2)
+    lm.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(ModelError, match="experts"):
+        inject(lm, [a_set()], FAST.but(train=train))
+    assert len(inject(lm, [a_set()], FAST.but(train="full", epochs=1)).trained.losses) == 1
+
+
+def test_bf16_that_is_only_emulated_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert not multiplies_bf16(torch.device("cuda")) and multiplies_bf16(torch.device("mps"))
+
+
+def test_a_model_that_cannot_be_placed_or_written_is_one_line(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    lm.save(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"cannot put '.*' on the device 'cuda:99'"):
+        LM.load(str(tmp_path / "model"), device="cuda:99")
+    lm.model.generation_config.update(do_sample=False, temperature=0.7)
+    with pytest.raises(OutputError, match="generation_config"):
+        lm.save(tmp_path / "other")
+
+
 def test_lora_targets_are_the_papers() -> None:
     assert lora_targets(tiny_lm("llama")) == sorted(["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"])
     assert not any("attn.c_proj" in name for name in lora_targets(tiny_lm("gpt2")))
@@ -367,6 +397,20 @@ def test_adapter_alone_gives_the_merged_weights() -> None:
 def test_a_loss_that_is_not_finite_is_one_line() -> None:
     with pytest.raises(InjectionError, match="smaller learning rate"):
         inject(tiny_lm("llama"), [a_set()], FAST.but(lr=1e30, train="full", clip=1e30))
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"batch_tokens": 0}, "batch_tokens is 0: it must be at least 1"), ({"lora_rank": 0}, "lora_rank"),
+    ({"held_out": 0.3, "patience": 0}, "patience"), ({"epochs": 0}, "epochs"), ({"epochs": 2.5}, "a whole number"),
+    ({"lr": 0.0}, "lr is 0.0: it must be above 0"), ({"lr": float("nan")}, "lr is nan"), ({"lr": "1e-3"}, "a number"),
+    ({"top_k": -1}, "top_k is -1: it must be at least 0"), ({"unrelated_share": 1.5}, "from 0 to 1"),
+    ({"train": "loora"}, "one of lora, mlp, full, osf"), ({"objective": "klx"}, "objective"),
+    ({"precision": "float16"}, "precision"), ({"seed": True}, "seed"), ({"teacher_sees_x": 2}, "true or false"),
+])
+def test_a_recipe_that_cannot_be_meant_is_one_line(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InjectionError, match=message):
+        FAST.but(**wrong)
+    assert Recipe(lr=1, seed=-1, held_out=1.0).lr == 1
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:
