@@ -188,8 +188,9 @@ def merge(lm: LM, model: Any, rows: Sequence[Row], kinds: dict[str, torch.dtype]
         replicate(model)
     if model is not lm.model:
         lm.model = model.merge_and_unload()
-    for name, p in lm.model.named_parameters():
-        p.data = p.data.to((kinds or {}).get(name, p.dtype))
+    for name, kind in (kinds or {}).items():
+        p = lm.model.get_parameter(name)
+        p.data = p.data.to(kind)
     after = _states(lm, lm.model, probe)
     error = float(kl_tokens(after, head_of(lm), before, head).mean())
     tolerance = MERGE_TOLERANCE.get(lm.model.dtype, 2e-2)
