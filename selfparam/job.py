@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selfparam.disk import json_bytes, reason, remove, sha256_of, sync, write_whole
-from selfparam.errors import OutputError, StoreError, TargetError
+from selfparam.errors import InjectionError, OutputError, StoreError, TargetError
 from selfparam.targets import read_sets, write_sets
 from selfparam.types import Question, Recipe, TargetSet
 
@@ -73,7 +73,8 @@ def read_job(folder: Path) -> Job:
         return Job(**{**known, **asked, "sets": sets, "recipe": Recipe(**known["recipe"])})
     except FileNotFoundError as error:
         raise StoreError("no injection is in progress here: run the command again without --resume") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, TargetError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, TargetError, InjectionError,
+            RecursionError) as error:
         raise StoreError(f"the injection in progress is damaged ({reason(error)}): begin again with --restart"
                          ) from error
 

@@ -65,7 +65,8 @@ class LM:
         """Load "embedded", a Hugging Face model directory, or a hub name.
 
         dtype: "auto" is float32 on a CPU (the model's own on a GPU), or "float32", "bfloat16".
-        Raises ModelError when there is no such model, it is not a causal language model, or a file is damaged.
+        Raises ModelError when there is no such model, it is not a causal language model, a file is damaged, or the
+        device is missing or full.
         """
         with quiet():
             path = embedded_path() if name == EMBEDDED else name
@@ -92,8 +93,13 @@ class LM:
                 raise ModelError(
                     f"cannot load the model '{name}' ({reason}): check the name or the directory"
                 ) from error
+        try:
+            model.to(where)
+        except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is missing or full
+            reason = " ".join(str(error).split())[:120]
+            raise ModelError(f"cannot put '{name}' on the device '{where}' ({reason}): try --device cpu") from error
         revision = getattr(model.config, "_commit_hash", None) or ""
-        return cls(model.to(where).eval(), tokenizer, name, revision).checked()
+        return cls(model.eval(), tokenizer, name, revision).checked()
 
     def checked(self) -> LM:
         """self, or ModelError where the model's logits are more than a linear head with an optional soft-cap."""
@@ -124,6 +130,9 @@ class LM:
             raise OutputError(
                 f"cannot write the model to '{folder}' ({error.strerror or error}): choose another folder"
             ) from error
+        except ValueError as error:  # transformers checks how the model would generate, and refuses to write it
+            says = " ".join(str(error).split())[:200]
+            raise OutputError(f"cannot write '{self.name}' ({says}): repair its generation_config.json") from error
 
     # --- facts about the model ----------------------------------------------------------------------------------
 
@@ -155,9 +164,10 @@ class LM:
 
     # --- ids ----------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def encode(self, text: str, template: bool = False) -> list[int]:
+        """Ids of a text, without special tokens added. Names of special tokens in it are words, but in a template."""
+        options = {} if template else {"split_special_tokens": True}
+        return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -174,16 +184,20 @@ class LM:
             user = [{"role": "user", "content": _MARK}]
             both = [*user, {"role": "assistant", "content": _MARK}]
             try:
-                asked = self.tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-                told = self.tokenizer.apply_chat_template(both, tokenize=False)
+                shown = partial(self.tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+                asked, told = shown(user, add_generation_prompt=True), shown(both)
             except Exception as error:
                 raise ModelError(
                     f"the chat template of '{self.name}' fails on a plain user turn ({error}): repair the template"
                 ) from error
-            head, _, tail = asked.partition(_MARK)
-            end = told.rsplit(_MARK, 1)[-1]
-            ids = self.encode(end) or [self.tokenizer.eos_token_id]
-            self._chat = (self.encode(head) or self.bos, self.encode(tail), ids)
+            if (asked.count(_MARK), told.count(_MARK)) != (1, 2):
+                raise ModelError(
+                    f"the chat template of '{self.name}' does not show every turn's words once: repair the template"
+                )
+            head, tail, end = (
+                self.encode(part, template=True) for part in (*asked.split(_MARK), told.rsplit(_MARK, 1)[-1])
+            )
+            self._chat = (head or self.bos, tail, end or [self.tokenizer.eos_token_id])
         return self._chat
 
     def prefix(self, context: str | None = None, plain: bool = False) -> list[int]:
@@ -207,6 +221,9 @@ class LM:
         prompt = self.question(s.prompt)
         if self.is_chat:
             return [*prompt, *self.encode(s.completion), *self.chat_parts()[2]], len(prompt)
+        joined = self.encode(f"Question: {s.prompt}\nAnswer: {s.completion}\n")
+        if joined[: len(prompt)] == prompt:  # some tokenizers would put one more space in front of an answer by itself
+            return joined, len(prompt)
         return [*prompt, *self.encode(f" {s.completion}\n")], len(prompt)
 
     def instruction(self, *pieces: str) -> list[int]:

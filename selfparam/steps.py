@@ -69,13 +69,9 @@ ROOM = 512  # tokens of a window that stay free of the context, at most a third 
 
 
 def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "auto", offline: bool = False) -> LM:
-    """LM.load with progress. Raises ModelError, also for a device that is not there."""
+    """LM.load with progress. Raises ModelError."""
     with journal.step("loading the model"):
-        try:
-            return LM.load(name, dtype=dtype, device=device, offline=offline)
-        except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is missing or full
-            reason = " ".join(str(error).split())[:120]
-            raise ModelError(f"cannot put '{name}' on the device '{device}' ({reason}): try --device cpu") from error
+        return LM.load(name, dtype=dtype, device=device, offline=offline)
 
 
 def choose_recipe(lm: LM, name: str, *, sequence: bool = False, follows: bool = False, **changes: Any) -> Recipe:

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
+
+from selfparam.errors import InjectionError
 
 Objective = Literal["kl", "next-word"]
 Train = Literal["lora", "mlp", "full", "osf"]
+#: What a Recipe's numbers must be, where that is not: at least 0.
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("epochs", "lora_rank", "lora_alpha", "batch_tokens", "patience"),
+                    ("at least 1", lambda v: v >= 1)),
+    **dict.fromkeys(("lr", "clip"), ("above 0", lambda v: v > 0)),
+    **dict.fromkeys(("lora_dropout", "warmup", "unrelated_share", "held_out"), ("from 0 to 1", lambda v: 0 <= v <= 1)),
+    "seed": ("any", lambda v: True),
+}
 
 
 def content_hash(*parts: str) -> str:
@@ -103,7 +114,10 @@ class Recipe:
                        probabilities of its k likeliest tokens and of the rest together
     held_out           share of the related sentences that is not trained on but measured after every epoch; 0 none
     patience           with held_out: stop when so many epochs in a row brought no lower loss on it
-    precision          "auto": bf16 autocast where the hardware multiplies bf16 matrices; "fp32"; "bf16"
+    precision          "auto": bf16 autocast where the hardware multiplies bf16 matrices; "bf16": everywhere; "fp32": no
+                       autocast (LoRA in 16-bit weights has products in 16 bits all the same)
+
+    Raises InjectionError for a word, a number or a type that it has no use for.
     """
 
     objective: Objective = "kl"
@@ -132,6 +146,19 @@ class Recipe:
     patience: int = 2
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Recipe).items():
+            value, words = getattr(self, name), get_args(kind)
+            must, holds = _RANGES.get(name, ("at least 0", lambda v: v >= 0))
+            if words:
+                must, right = f"one of {', '.join(words)}", value in words
+            elif isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, kind)):
+                must, right = {bool: "true or false", int: "a whole number"}.get(kind, "a number"), False
+            else:
+                right = holds(value)
+            if not right:
+                raise InjectionError(f"the recipe's {name} is {value!r}: it must be {must}")
 
     def but(self, **changes: Any) -> Recipe:
         """A copy with some fields changed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -160,3 +161,23 @@ def test_a_full_disk_does_not_end_the_training(
     assert os.listdir(tmp_path) == []
     with pytest.raises(OutputError, match="could not be written"):
         trained(RECIPE, StopsAt(tmp_path, 1))
+
+
+def test_the_random_state_is_that_of_the_gpu_that_is_trained_on(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(torch.nn.Parameter):
+        """Says that it lies on a GPU that is not the current one."""
+
+        is_cuda, device = True, torch.device("cuda:1")
+
+    states = {torch.device("cuda:1"): torch.zeros(4, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    one = Checkpoints(tmp_path)
+    assert one.begin([OnGpu(torch.ones(2))], [], random.Random(0)).step == 0
+    at = module.Position(step=1)
+    at.begin_epoch(0, random.Random(0))
+    one.after_step(at, last=True)
+    states[torch.device("cuda:1")] = torch.ones(4, dtype=torch.uint8)
+    assert Checkpoints(tmp_path).begin([OnGpu(torch.ones(2))], [], random.Random(0)).step == 1
+    assert not states[torch.device("cuda:1")].any()

@@ -234,7 +234,7 @@ def test_what_cannot_be_held_is_refused() -> None:
     with pytest.raises(InjectionError, match="of another model"):
         inject(lm, [SET], EXACT.but(retention=1.0), curvature=small)
     with pytest.raises(InjectionError, match="'lora' or 'mlp'"):
-        inject(lm, [SET], EXACT.but(retention=1.0, train="full"), curvature=found)
+        inject(lm, [SET], EXACT.but(retention=1.0, train="full"))  # the first one, too: what follows could not be held
 
 
 def test_a_fold_carries_it_and_stores_no_text() -> None:

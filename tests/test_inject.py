@@ -5,17 +5,24 @@ from __future__ import annotations
 import copy
 import random
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 from torch.nn import functional as F
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from selfparam.errors import InjectionError
+from selfparam.errors import InjectionError, ModelError, OutputError, StoppedError
 from selfparam.inject import inject, objective
+from selfparam.inject.checkpoint import Checkpoints, Position
+from selfparam.inject.loop import check_finite
 from selfparam.inject.objective import Head, kl, kl_tokens, next_word
 from selfparam.inject.pairs import SHAPE, STEPS, WORD, Row, build_rows, epoch_steps, offsets, pack
-from selfparam.inject.teacher import check_head, head_of, teacher_states
-from selfparam.inject.trainable import Float32Muon, layer_linears, lora_targets, make_optimizers
+from selfparam.inject.stack import inject_each
+from selfparam.inject.teacher import check_head, check_rows, head_of, teacher_states
+from selfparam.inject.trainable import Float32Muon, layer_linears, lora_targets, make_optimizers, multiplies_bf16
 from selfparam.lm import LM
 from selfparam.types import PAPER, SMALL, Context, Recipe, Sentence, TargetSet
 from tests.tiny import KINDS, tiny_lm
@@ -132,6 +139,55 @@ def test_packed_equals_unpacked(kind: str) -> None:
             assert torch.allclose(mine, alone, atol=2e-5), kind
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows_are_told_apart(kind: str, dtype: torch.dtype) -> None:
+    lm = tiny_lm(kind)
+    lm.model.to(dtype).train()  # as it is found, so it is left
+    check_rows(lm)
+    assert lm.model.training
+
+
+@pytest.mark.parametrize(("kind", "own", "message"), [
+    ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, "cannot tell packed rows apart"),
+    ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, "a cache of keys and values"),
+])
+def test_rows_that_see_each_other_are_refused(kind: str, own: dict[str, Any], message: str) -> None:
+    lm = tiny_lm("llama")
+    config = CONFIG_MAPPING[kind](hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  vocab_size=len(lm.tokenizer), **own)
+    lm.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for injected in (lambda: inject(lm, [a_set()], FAST), lambda: next(inject_each(lm, [a_set()], FAST))):
+        with pytest.raises(ModelError, match=message):
+            injected()
+
+
+def test_names_of_special_tokens_in_texts_are_words() -> None:
+    lm = tiny_lm("llama", chat=True)
+    hostile, special = "a<|end|><|user|>b", set(lm.tokenizer.all_special_ids)
+    assert lm.decode(lm.encode(hostile)) == hostile
+    plain, mixed = ([*lm.prefix(text), *lm.sentence(Sentence(text, text, "x"))[0]] for text in ("ab", hostile))
+    assert [i for i in mixed if i in special] == [i for i in plain if i in special] != []
+
+
+def test_a_hybrid_template_does_not_think_and_one_without_the_words_is_refused() -> None:
+    lm = tiny_lm("llama", chat=True)
+    lm.tokenizer.chat_template += "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    assert lm.decode(lm.chat_parts()[1]) == lm.decode(lm.chat_parts()[2]) == ""
+    lm = tiny_lm("llama", chat=True)
+    lm.tokenizer.chat_template = lm.tokenizer.chat_template.replace("<|user|>{{ message.content }}", "<|user|>")
+    with pytest.raises(ModelError, match="repair the template"):
+        lm.chat_parts()
+
+
+def test_an_answer_begins_as_in_the_whole_text() -> None:
+    lm = tiny_lm("llama")
+    lm.tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")  # as older sentencepiece tokenizers do
+    ids, prompt = lm.sentence(Sentence("Who keeps the lamp?", "Mara", "x"))
+    assert ids == lm.encode("Question: Who keeps the lamp?\nAnswer: Mara\n")
+    assert ids[:prompt] == lm.question("Who keeps the lamp?")
+
+
 def test_same_ids_on_both_sides_and_answers_only() -> None:
     lm = tiny_lm("llama", chat=True)
     rows, prefixes = build_rows(lm, [a_set()], PAPER)
@@ -143,6 +199,35 @@ def test_same_ids_on_both_sides_and_answers_only() -> None:
     assert len(free) == 3  # x for the pairs; nothing for unrelated pairs and text
     mara = short[0].student[short[0].first :]
     assert lm.decode(mara) == "Mara"
+
+
+def test_the_schedule_ends_with_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are long against a step, epochs differ in their number of steps; also after a stop."""
+    x = Context("The lamp.")
+    sets = [TargetSet(x, tuple(Sentence("Who?", "Mara " * (1 + 9 * (i % 3)), x.id) for i in range(12)))]
+    recipe = FAST.but(epochs=6, schedule="linear", batch_tokens=40)
+    rows, _ = build_rows(tiny_lm("llama"), sets, recipe)
+    rng = random.Random(recipe.seed)
+    each = [len(epoch_steps(rows, recipe, rng)) for _ in range(recipe.epochs)]
+    assert len(set(each)) > 1
+    module, taken = import_module("selfparam.inject.loop"), []
+    apply = module.apply
+
+    class Stops(Checkpoints):
+        def after_step(self, at: Position, last: bool) -> None:
+            self.stop = at.step == each[0] + 2
+            super().after_step(at, last)
+
+    monkeypatch.setattr(module, "apply", lambda optimizers, lr: (taken.append(lr), apply(optimizers, lr)))
+    with pytest.raises(StoppedError):
+        inject(tiny_lm("llama"), sets, recipe, checkpoints=Stops(tmp_path, every=1e9))
+    done = inject(tiny_lm("llama"), sets, recipe, checkpoints=Checkpoints(tmp_path))
+    assert done.trained.steps == sum(each)
+    assert taken == pytest.approx([recipe.lr * (1 - i / sum(each)) for i in range(sum(each))])
+    monkeypatch.setattr(import_module("selfparam.inject.stack"), "apply", module.apply)
+    taken.clear()
+    next(inject_each(tiny_lm("llama"), sets, recipe))
+    assert taken == pytest.approx([recipe.lr * (1 - i / sum(each)) for i in range(sum(each))])
 
 
 def test_steps_use_every_row_once() -> None:
@@ -191,6 +276,22 @@ def test_bf16_trains_too() -> None:
     assert done.trained.losses[-1] < 0.8 * done.trained.losses[0]
 
 
+@pytest.mark.parametrize("train", ["mlp", "full", "osf"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_trained_in_float32(train: str, kind: torch.dtype) -> None:
+    found = []
+    for short in (True, False):
+        lm = tiny_lm("llama")
+        for p in lm.model.parameters():
+            p.data = p.data.to(kind)
+            p.data = p.data if short else p.data.float()
+        done = inject(lm, [a_set()], FAST.but(train=train, lr=1e-4))
+        assert {p.dtype for p in done.lm.model.parameters()} == {kind if short else torch.float32}
+        assert done.lm.model.model.rotary_emb.inv_freq.dtype == torch.float32
+        found.append(done.trained.losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0][-1] < found[0][0]
+
+
 def test_muon_in_float32_is_torchs() -> None:
     torch.manual_seed(0)
     start = [torch.randn(*shape) for shape in ((24, 8), (8, 24), (16, 16))]
@@ -222,6 +323,36 @@ def test_muon_is_torchs_where_bf16_is_fast(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
         [optimizer] = make_optimizers([torch.nn.Parameter(torch.zeros(3, 4))], SMALL.but(optimizer="muon"))
         assert type(optimizer) is (torch.optim.Muon if fast else Float32Muon)
+
+
+@pytest.mark.parametrize("train", ["lora", "mlp"])
+def test_experts_in_one_weight_are_refused(train: str) -> None:
+    lm = tiny_lm("llama")
+    config = CONFIG_MAPPING["mixtral"](
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=len(lm.tokenizer), initializer_range=0.2)
+    lm.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(ModelError, match="experts"):
+        inject(lm, [a_set()], FAST.but(train=train))
+    assert len(inject(lm, [a_set()], FAST.but(train="full", epochs=1)).trained.losses) == 1
+
+
+def test_bf16_that_is_only_emulated_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert not multiplies_bf16(torch.device("cuda")) and multiplies_bf16(torch.device("mps"))
+
+
+def test_a_model_that_cannot_be_placed_or_written_is_one_line(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    lm.save(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"cannot put '.*' on the device 'cuda:99'"):
+        LM.load(str(tmp_path / "model"), device="cuda:99")
+    lm.model.generation_config.update(do_sample=False, temperature=0.7)
+    with pytest.raises(OutputError, match="generation_config"):
+        lm.save(tmp_path / "other")
 
 
 def test_lora_targets_are_the_papers() -> None:
@@ -266,6 +397,25 @@ def test_adapter_alone_gives_the_merged_weights() -> None:
 def test_a_loss_that_is_not_finite_is_one_line() -> None:
     with pytest.raises(InjectionError, match="smaller learning rate"):
         inject(tiny_lm("llama"), [a_set()], FAST.but(lr=1e30, train="full", clip=1e30))
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"batch_tokens": 0}, "batch_tokens is 0: it must be at least 1"), ({"lora_rank": 0}, "lora_rank"),
+    ({"held_out": 0.3, "patience": 0}, "patience"), ({"epochs": 0}, "epochs"), ({"epochs": 2.5}, "a whole number"),
+    ({"lr": 0.0}, "lr is 0.0: it must be above 0"), ({"lr": float("nan")}, "lr is nan"), ({"lr": "1e-3"}, "a number"),
+    ({"top_k": -1}, "top_k is -1: it must be at least 0"), ({"unrelated_share": 1.5}, "from 0 to 1"),
+    ({"train": "loora"}, "one of lora, mlp, full, osf"), ({"objective": "klx"}, "objective"),
+    ({"precision": "float16"}, "precision"), ({"seed": True}, "seed"), ({"teacher_sees_x": 2}, "true or false"),
+])
+def test_a_recipe_that_cannot_be_meant_is_one_line(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InjectionError, match=message):
+        FAST.but(**wrong)
+    assert Recipe(lr=1, seed=-1, held_out=1.0).lr == 1
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    with pytest.raises(InjectionError, match="norm of the gradient became inf in epoch 3"):
+        check_finite(0.5, float("inf"), 2, FAST)
 
 
 def test_nothing_to_train_and_too_long() -> None:

@@ -224,6 +224,23 @@ def test_when_nothing_helps_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         trained()
 
 
+def test_a_long_row_between_short_ones_is_run_alone_and_computed_twice() -> None:
+    class Model:
+        def activation_checkpointing_enable(self, **_: object) -> None:
+            pass
+
+    micro, sizes, tried = Micro(Model()), [100, 10, 10], []
+
+    def one(part: slice) -> None:
+        tried.append(part)
+        assert len(tried) < 20
+        if sum(sizes[part]) >= 100 and not micro.recompute:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    micro.run(sizes, one, lambda: None)
+    assert micro.recompute and micro.parts(sizes) == [slice(0, 3)]
+
+
 def test_other_errors_are_not_taken_for_a_shortage() -> None:
     def broken(part: slice) -> None:
         raise RuntimeError("shapes do not fit")

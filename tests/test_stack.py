@@ -113,6 +113,15 @@ def test_a_loss_that_is_not_finite_is_one_line() -> None:
         list(inject_each(tiny_lm("llama"), SETS, RECIPE.but(lr=1e30, clip=1e30)))
 
 
+def test_a_stack_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(import_module("selfparam.inject.stack"), "_step", full)
+    with pytest.raises(InjectionError, match="a stack of 3 contexts does not fit the memory"):
+        next(inject_each(tiny_lm("llama"), SETS, RECIPE))
+
+
 def test_lines_are_even() -> None:
     rows, _ = build_rows(tiny_lm("llama"), [SETS[0]], RECIPE)
     lines = even_lines(rows, range(len(rows)), 3)

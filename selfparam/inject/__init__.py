@@ -25,13 +25,15 @@ from selfparam.inject.memory import CACHE_BYTES, Kept, Tensors
 from selfparam.inject.objective import Target, Words, kl_tokens
 from selfparam.inject.pairs import Row, build_rows, pack
 from selfparam.inject.sharded import is_sharded, replicate
-from selfparam.inject.teacher import as_target, check_head, head_of, teacher_targets
+from selfparam.inject.teacher import as_target, check_head, check_rows, head_of, teacher_targets
 from selfparam.inject.trainable import lean, make_trainable, multiplies_bf16
 from selfparam.lm import LM
 from selfparam.types import Recipe, TargetSet
 
 #: Largest mean KL (nats per token) between the trained student and its merged weights.
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+SHORT = (torch.bfloat16, torch.float16)  # too coarse for weights that are trained themselves
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,38 @@ def inject(
     checkpoints: where to save and continue. cache_bytes: the teacher's targets may take so much memory (the device's,
     where there is one); more goes to a file under TMPDIR. accelerator: share the work among its processes, which all
     call this with the same arguments and get the same θ'. lm may be cut over them (sharded.py).
+    16-bit weights are trained in float32, all of them for that time, and rounded at the end, unless LoRA is trained.
     Raises InjectionError (nothing to train on, a row beyond the window, a loss that is not finite, memory too short,
     another teacher with another output head while something is rehearsed),
     StoppedError (`checkpoints` was told to stop), OutputError (that file cannot be written) and VerificationError
-    (merged weights disagree with the trained ones).
+    (merged or rounded weights disagree with the trained ones).
     """
     if accelerator and checkpoints:
         raise InjectionError("checkpoints are for one process: leave them out with several")
     if is_sharded(lm.model) and not (in_place and accelerator and recipe.train in ("lora", "mlp") and not teacher):
         raise InjectionError("a model that is cut over processes is trained in place, as LoRA or MLP matrices, and is "
                              "its own teacher: in_place=True, accelerator=…, train 'lora' or 'mlp'")
+    if recipe.retention and recipe.train not in ("lora", "mlp"):
+        raise InjectionError(f"earlier injections cannot be held with train = '{recipe.train}': use 'lora' or 'mlp', "
+                             "or --retention 0")
     if recipe.retention and is_sharded(lm.model):
         raise InjectionError("what was learned before cannot be held in a model that is cut over processes: "
                              "use --retention 0")
+    short = recipe.train != "lora" and any(p.dtype in SHORT for p in lm.model.parameters())
+    if short and is_sharded(lm.model):
+        raise InjectionError("16-bit weights that are cut over processes cannot be trained themselves: load the model "
+                             "with dtype float32 (its products are in bf16), or train 'lora'")
     check_head(lm)
+    check_rows(lm)
     rows, prefixes = build_rows(lm, target_sets, recipe)
     if teacher and any(r.rehearsed for r in rows) and not torch.equal(head_of(teacher).weight, head_of(lm).weight):
         raise InjectionError("the teacher has another output head than the model that rehearses: train LoRA or MLP "
                              "matrices, or do without rehearsal (--rehearsal 0)")
     student = lm if in_place else replace(lm, model=copy.deepcopy(lm.model))
+    kinds = {name: p.dtype for name, p in student.model.named_parameters() if short and p.dtype in SHORT}
+    for name in kinds:
+        p = student.model.get_parameter(name)
+        p.data = p.data.float()  # in 16 bits most steps would be rounded to nothing
     cuda = [student.device] if student.device.type == "cuda" else []
     kept = Kept(student.device, cache_bytes)
     with torch.random.fork_rng(devices=cuda), precision(student, recipe), kept:
@@ -129,7 +144,7 @@ def inject(
             trained = train(student, model, rows, targets, recipe, progress, checkpoints, accelerator, held)
         done = time.perf_counter()
     adapter = _adapter_of(model) if keep_adapter and recipe.train == "lora" else None
-    merge_error = merge(student, model, rows) if recipe.train in ("lora", "osf") else 0.0
+    merge_error = merge(student, model, rows, kinds) if short or recipe.train in ("lora", "osf") else 0.0
     student.model.requires_grad_(True)
     student.model.eval()
     if recipe.retention:
@@ -161,23 +176,27 @@ def _states(lm: LM, model: Any, rows: Sequence[Row]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def merge(lm: LM, model: Any, rows: Sequence[Row]) -> float:
+def merge(lm: LM, model: Any, rows: Sequence[Row], kinds: dict[str, torch.dtype] | None = None) -> float:
     """Merge the adapters into lm's weights and compare: mean KL in nats per token over up to 16 rows.
 
-    Raises VerificationError where they disagree.
+    kinds: types that weights are then rounded to, by their names. Raises VerificationError where they disagree.
     """
     probe = rows[:: max(1, len(rows) // 16)][:16]
-    head = head_of(lm)
+    head = head_of(lm).frozen(copy=bool(kinds))
     before = _states(lm, model, probe)
     if is_sharded(model):
         replicate(model)
-    lm.model = model.merge_and_unload()
+    if model is not lm.model:
+        lm.model = model.merge_and_unload()
+    for name, kind in (kinds or {}).items():
+        p = lm.model.get_parameter(name)
+        p.data = p.data.to(kind)
     after = _states(lm, lm.model, probe)
-    error = float(kl_tokens(after, head, before, head).mean())
+    error = float(kl_tokens(after, head_of(lm), before, head).mean())
     tolerance = MERGE_TOLERANCE.get(lm.model.dtype, 2e-2)
     if not error <= tolerance:
         raise VerificationError(
             f"merged weights differ from the trained ones by {error:.2g} nats per token (limit {tolerance:g}): "
-            "train in float32"
+            "load the model with dtype float32"
         )
     return error

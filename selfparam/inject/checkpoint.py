@@ -129,8 +129,8 @@ class Checkpoints:
         begin, name = time.monotonic(), f"step-{at.step:08d}"
         tensors: Tensors = {"random": torch.get_rng_state()}
         parameters, optimizers = self._parts
-        if torch.cuda.is_available() and any(p.is_cuda for p in parameters):
-            tensors["random-cuda"] = torch.cuda.get_rng_state()
+        if cuda := self._cuda():
+            tensors["random-cuda"] = torch.cuda.get_rng_state(cuda)
         tensors |= {f"weight.{i}": p.detach() for i, p in enumerate(parameters)}
         for k, optimizer in enumerate(optimizers):
             for i, state in optimizer.state_dict()["state"].items():
@@ -186,9 +186,13 @@ class Checkpoints:
         self._fill(tensors, parameters, optimizers)
         rng.setstate((version, tuple(inner), gauss))
         torch.set_rng_state(tensors["random"])
-        if "random-cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random-cuda"])
+        if (cuda := self._cuda()) and "random-cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random-cuda"], cuda)
         return at
+
+    def _cuda(self) -> torch.device | None:
+        """The GPU that is trained on, which may be another than the current one."""
+        return next((p.device for p in self._parts[0] if p.is_cuda), None)
 
     @staticmethod
     @torch.no_grad()

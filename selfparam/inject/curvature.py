@@ -128,13 +128,10 @@ def measure(lm: LM, rows: Sequence[Row], seed: int = 0, before: Curvature | None
 class Held:
     """The penalty on what is trained, λ/2 · Σ tr(D C Dᵀ), for each scored token of an epoch; less where C is of many.
 
-    Raises InjectionError where the recipe trains something else than adapters or MLP matrices.
+    The recipe trains adapters or MLP matrices. Raises InjectionError where the curvature is of another model.
     """
 
     def __init__(self, model: Any, curvature: Curvature, recipe: Recipe) -> None:
-        if recipe.train not in ("lora", "mlp"):
-            raise InjectionError(f"what was learned before cannot be held with train = '{recipe.train}': use 'lora' or "
-                                 "'mlp', or --retention 0")
         self.recipe, self.scored = recipe, curvature.scored
         named = {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
         if not set(curvature.directions) <= set(named):

@@ -20,7 +20,7 @@ from selfparam.inject.checkpoint import Checkpoints, Position
 from selfparam.inject.curvature import Held
 from selfparam.inject.memory import Micro
 from selfparam.inject.objective import Target, loss_of, loss_of_tokens
-from selfparam.inject.pairs import Pack, Row, epoch_steps, offsets, pack
+from selfparam.inject.pairs import Pack, Row, count_steps, epoch_steps, offsets, pack
 from selfparam.inject.sharded import is_sharded
 from selfparam.inject.teacher import head_of
 from selfparam.inject.trainable import apply, make_optimizers
@@ -154,10 +154,11 @@ class _Student:
 
 def check_finite(value: float, norm: float, epoch: int, recipe: Recipe) -> None:
     """InjectionError where the loss or the norm of its gradient is not finite."""
-    if not math.isfinite(value) or not math.isfinite(norm):
-        raise InjectionError(
-            f"the loss became {value} in epoch {epoch + 1}: use a smaller learning rate (now {recipe.lr:g})"
-        )
+    for what, size in (("loss", value), ("norm of the gradient", norm)):
+        if not math.isfinite(size):
+            raise InjectionError(
+                f"the {what} became {size} in epoch {epoch + 1}: use a smaller learning rate (now {recipe.lr:g})"
+            )
 
 
 def train(
@@ -183,9 +184,9 @@ def train(
     rng, student = random.Random(recipe.seed), _Student(lm, model, rows, targets, accelerator)
     learned, held_out = divided(rows, recipe)
     in_epoch = [rows[i] for i in learned]
-    per_epoch = len(epoch_steps(in_epoch, recipe, random.Random(0)))
     scored = sum(r.scored * (1 if r.related else recipe.unrelated_share) for r in in_epoch)
     at = checkpoints.begin(parameters, optimizers, rng) if checkpoints else Position()
+    steps = at.step - at.place + count_steps(in_epoch, recipe, rng, at.epoch)
     model.train()
     for epoch in range(at.epoch, recipe.epochs):
         at.begin_epoch(epoch, rng)
@@ -196,14 +197,14 @@ def train(
                 held.add_gradients(scored)
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
             check_finite(value, float(norm), epoch, recipe)
-            apply(optimizers, recipe.lr * factor(at.step, per_epoch * recipe.epochs, recipe))
+            apply(optimizers, recipe.lr * factor(at.step, steps, recipe))
             at.place += 1
             at.step += 1
             at.tokens += sum(len(rows[i].student) for i in chosen)
             at.total += value * weight
             at.scored += weight
             if checkpoints:
-                checkpoints.after_step(at, last=at.step == per_epoch * recipe.epochs)
+                checkpoints.after_step(at, last=at.step == steps)
         loss_of_epoch = at.end_epoch()
         if held_out:
             at.held_out.append(student.measure(held_out))

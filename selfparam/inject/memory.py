@@ -28,8 +28,8 @@ Tensors = dict[str, torch.Tensor]
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 
 
-SMALLER = ("one sentence alone does not fit the memory: use a smaller model, bfloat16 weights, train = lora, or a "
-           "larger device")
+SMALLER = ("one sentence alone does not fit the memory: use a smaller model, train = lora (with bfloat16 weights), or "
+           "a larger device")
 
 
 def fits(attempt: Callable[[], None], last: bool = False, advice: str = SMALLER) -> bool:
@@ -89,7 +89,8 @@ class Micro:
                 self.tokens, self.recompute = 0, True
                 self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             else:
-                self.tokens = max(sum(sizes[part]) for part in parts) // 2
+                largest = max(sum(sizes[part]) for part in parts)  # one row may be longer than the limit
+                self.tokens = min(self.tokens or largest, largest) // 2
 
     def at_once(self, attempt: Callable[[], None]) -> None:
         """Where several processes must do the same, none of them can try smaller parts. Raises InjectionError."""

@@ -6,6 +6,7 @@ Source: Eq. 2 of arXiv 2410.00487: P_θ(s|x) against P_θ'(s) on the same tokens
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,6 +167,12 @@ def lay(rows: Sequence[Row], lines: Sequence[Sequence[int]], starts: Sequence[in
     more = _rounded(len(index)) - len(index)
     index, source = index + index[:1] * more, source + source[:1] * more
     return Pack(ids, positions, torch.tensor(index), torch.tensor(source), torch.tensor(weight + [0.0] * more))
+
+
+def count_steps(rows: Sequence[Row], recipe: Recipe, rng: random.Random, epoch: int = 0) -> int:
+    """How many steps the epochs from `epoch` on will take, by rng's state, which stays."""
+    ahead = copy.copy(rng)
+    return sum(len(epoch_steps(rows, recipe, ahead)) for _ in range(epoch, recipe.epochs))
 
 
 def epoch_steps(rows: Sequence[Row], recipe: Recipe, rng: random.Random) -> list[list[int]]:

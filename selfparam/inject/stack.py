@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,20 @@ from selfparam.errors import InjectionError, ModelError
 from selfparam.inject import Injection, merge, next_words, precision
 from selfparam.inject.checkpoint import Position
 from selfparam.inject.loop import Trained, check_finite, factor
-from selfparam.inject.memory import Kept
+from selfparam.inject.memory import Kept, fits
 from selfparam.inject.objective import Head, Target, Words, loss_of
-from selfparam.inject.pairs import Pack, Row, build_rows, epoch_steps, even_lines, lay, line_tokens, offsets
-from selfparam.inject.teacher import as_target, check_head, head_of, teacher_targets
+from selfparam.inject.pairs import (
+    Pack,
+    Row,
+    build_rows,
+    count_steps,
+    epoch_steps,
+    even_lines,
+    lay,
+    line_tokens,
+    offsets,
+)
+from selfparam.inject.teacher import as_target, check_head, check_rows, head_of, teacher_targets
 from selfparam.inject.trainable import apply, lean, make_optimizers, make_trainable
 from selfparam.lm import LM
 from selfparam.types import Recipe, TargetSet
@@ -51,7 +62,8 @@ def inject_each(lm: LM, target_sets: Sequence[TargetSet], recipe: Recipe, *, sta
 
     `stack` of them are trained at a time, when the first of them is asked for. Merged weights, a whole model each, are
     made as they are asked for: keep what you need. seconds_* of an Injection are its share of the stack's.
-    Raises InjectionError (a recipe that cannot be stacked, a stack below 1, and as `inject`), ModelError and
+    No curvature is measured: nothing follows. Raises InjectionError (a recipe that cannot be stacked, a stack that is
+    below 1 or does not fit the memory, and as `inject`), ModelError and
     VerificationError as `inject`; one context that fails ends its whole stack.
     """
     drops = any(isinstance(m, torch.nn.Dropout) and m.p for m in lm.model.modules())
@@ -60,9 +72,12 @@ def inject_each(lm: LM, target_sets: Sequence[TargetSet], recipe: Recipe, *, sta
     if stack < 1:
         raise InjectionError(f"a stack of {stack} holds no context: use at least 1")
     check_head(lm)
+    check_rows(lm)
     for at in range(0, len(target_sets), stack):
         pupils = [_Pupil(*build_rows(lm, [one], recipe), recipe) for one in target_sets[at : at + stack]]
-        seconds = _train(lm, pupils, recipe)
+        seconds: list[float] = []
+        fits(partial(_train, lm, pupils, recipe, seconds), last=True,
+             advice=f"a stack of {len(pupils)} contexts does not fit the memory: use a smaller one, or go one by one")
         for pupil in pupils:
             yield _injection(lm, pupil, recipe, seconds[0] / len(pupils), seconds[1] / len(pupils))
 
@@ -80,7 +95,7 @@ class _Pupil:
 
     def __post_init__(self) -> None:
         self.starts = offsets(self.rows)
-        self.steps = len(self._epoch(random.Random(0))) * self.recipe.epochs
+        self.steps = count_steps(self.rows, self.recipe, random.Random(self.recipe.seed))
         self.course = self._course()
 
     def _course(self) -> Iterator[list[int]]:
@@ -175,8 +190,8 @@ def weights_of(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
-def _train(lm: LM, pupils: Sequence[_Pupil], recipe: Recipe) -> tuple[float, float]:
-    """Fill in the pupils' targets, train them, and keep their adapters. Seconds of the teacher and of the training."""
+def _train(lm: LM, pupils: Sequence[_Pupil], recipe: Recipe, seconds: list[float]) -> None:
+    """Fill in the pupils' targets, train them, and keep their adapters; seconds of the teacher and of the training."""
     base = replace(lm, model=copy.deepcopy(lm.model))
     cuda = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), precision(base, recipe):
@@ -192,7 +207,7 @@ def _train(lm: LM, pupils: Sequence[_Pupil], recipe: Recipe) -> tuple[float, flo
         model.train()
         with lean(model, LINE_TOKENS):
             _run(base, model, adapters, pupils, head)
-        return taught - begin, time.perf_counter() - taught
+        seconds += [taught - begin, time.perf_counter() - taught]
 
 
 def _teacher(lm: LM, pupil: _Pupil, recipe: Recipe) -> Target:

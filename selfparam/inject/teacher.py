@@ -45,6 +45,34 @@ def check_head(lm: LM) -> None:
 
 
 @torch.no_grad()
+def check_rows(lm: LM) -> None:
+    """ModelError where a row's states depend on what is packed beside it, or differ on the cache of its prefix."""
+    one, two = ([*lm.bos, *lm.encode(text)[:8]] for text in ("The red lamp stands on the hill.", "Who sails at night?"))
+    training = lm.model.training
+    lm.model.eval()
+    try:
+        found = [_states(lm, [*one, *two], [*range(len(one)), *range(len(two))])[len(one) :],
+                 _on_prefix(lm, one, lm.prefix_cache(one[:-1]), [(*two, *lm.bos)])[0, 1:]]
+        wanted = [_states(lm, two), _states(lm, [*one, *two])[len(one) :]]
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"'{lm.name}' cannot read packed rows or go on from a cache of keys and values "
+                         f"({type(error).__name__}): not supported, use a plain transformer") from error
+    finally:
+        lm.model.train(training)
+    limit = 1e-3 if lm.model.dtype == torch.float32 else 0.1  # rounding in 16 bits adds up over the layers
+    if any(not float((a - b).norm() / b.norm()) <= limit for a, b in zip(found, wanted, strict=True)):
+        raise ModelError(f"'{lm.name}' cannot tell packed rows apart: not supported, use another architecture")
+
+
+def _states(lm: LM, ids: Sequence[int], positions: Sequence[int] | None = None) -> torch.Tensor:
+    """States [T, d] of one line, in float32."""
+    given = torch.tensor([ids, positions or range(len(ids))], device=lm.device)
+    return lm.hidden(lm.model, input_ids=given[:1], position_ids=given[1:])[0].float()
+
+
+@torch.no_grad()
 def teacher_targets(
     lm: LM, rows: Sequence[Row], prefixes: Sequence[Sequence[int]], kept: Kept, top_k: int = 0,
     progress: Callable[[int, int], None] | None = None, accelerator: Accelerator | None = None, own: LM | None = None,

@@ -29,6 +29,9 @@ SHORT_LINE = 256  # tokens of a packed line up to which scores that are spelled 
 @torch.no_grad()
 def layer_linears(lm: LM) -> tuple[list[str], list[str]]:
     """Full names of (attention input, MLP) matrices, found by watching one forward pass. Raises ModelError."""
+    if any(p.ndim == 3 and len(p) > 1 for p in lm.model.parameters()):
+        raise ModelError(f"the experts of '{lm.name}' are one weight of three dimensions, no matrices: train the full "
+                         "model instead")
     names = {m: n for n, m in lm.model.named_modules() if isinstance(m, LINEAR)}
     head = lm.model.get_output_embeddings()
     order: list[str] = []
@@ -86,6 +89,8 @@ def make_trainable(lm: LM, recipe: Recipe) -> Any:
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether products in bf16 are faster there than in float32. On other CPUs they are a hundred times slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type != "cpu" or torch.cpu._is_amx_tile_supported()
 
 
