@@ -415,6 +415,26 @@ def test_the_erring_author_errs_as_often_as_asked() -> None:
     assert with_mistakes(sets, 0.5, 0, "w") == wrong and with_mistakes(sets, 0.0, 0, "w")[0].related == sets[0].related
 
 
+@dataclass(frozen=True)
+class Reads(Knows):
+    """Knows, of pairs that somebody wrote."""
+
+    needs_pairs: ClassVar[bool] = True
+
+
+def test_an_erring_author_errs_in_the_same_way_when_a_run_goes_on(tmp_path: Path, model: str,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "knows", Reads)
+    body = '[authors.half]\nkind = "erring"\nof = "oracle"\nwrong = 0.5\n' + KNOWS + 'author = "half"\n'
+    table = make(tmp_path, model, body, contexts=4)
+    run_table(table)
+    whole = lines(table)
+    for missing in ((3,), (0, 2)):
+        table.results.write_text("".join(json.dumps(row) + "\n" for row in whole if row["index"] not in missing))
+        assert run_table(table).ran == len(missing)
+        assert [row["targets"] for row in lines(table)] == [row["targets"] for row in whole]
+
+
 # --- summaries and pages ----------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from selfparam.experiments.lab import Lab, open_lab
 from selfparam.experiments.protocols import PROTOCOLS, members, stacked
 from selfparam.experiments.recommending import Scores
 from selfparam.experiments.rows import Row, append_row, read_rows, usable, write_rows
-from selfparam.experiments.spec import Cell, ModelSpec, Table, cells_of
+from selfparam.experiments.spec import Cell, ModelSpec, Table, authors_of, cells_of
 from selfparam.experiments.unfinished import Unfinished
 from selfparam.inject.stack import STACK
 from selfparam.methods import Stacking
@@ -83,13 +83,17 @@ def run_table(table: Table, *, workers: int = 1, ray: bool = False, stack: int =
 
 
 def _jobs(table: Table, lab: Lab, cells: Sequence[Cell], says: Says) -> list[Job]:
-    """The cells with their target sets, written once for all of them; all methods of a context before the next."""
+    """The cells with their target sets, written once for all of them; all methods of a context before the next.
+
+    An erring author takes its wrong answers from all contexts of the table, whichever cells are missing.
+    """
     wanted: dict[str, set[int]] = {}
     for cell in cells:
         wanted.setdefault(cell.method.author, set()).update(members(table, cell))
     written: dict[str, dict[int, TargetSet]] = {}
     for author, indices in wanted.items():
-        order = sorted(indices)
+        errs = any(one.kind == "erring" for one in authors_of(table, author).values())
+        order = range(len(lab.bench.items)) if errs else sorted(indices)
         items = [lab.bench.items[i] for i in order]
         sets = [TargetSet(item.context, ()) for item in items]
         if author:
