@@ -21,7 +21,7 @@ from selfparam.errors import InjectionError, TableError
 from selfparam.experiments import render, rows, run
 from selfparam.experiments.authors import with_mistakes
 from selfparam.experiments.figure import draw
-from selfparam.experiments.plan import parameters, plan
+from selfparam.experiments.plan import Planned, parameters, plan
 from selfparam.experiments.run import run_table
 from selfparam.experiments.spec import Table, cells_of, read_table
 from selfparam.experiments.summary import blocks_of, bootstrap, retention
@@ -533,6 +533,36 @@ def test_plan_uses_measured_seconds(tmp_path: Path, model: str) -> None:
     assert (measured.measured, measured.missing, measured.seconds) == (True, 1, 3.0)
     assert parameters(table.models[0]) == pytest.approx(tiny_lm().parameters, rel=0.3)  # tied heads are stored once
     assert parameters(replace(table.models[0], name="no/model")) == 0
+
+
+def test_plan_counts_what_is_trained_read_and_held(tmp_path: Path) -> None:
+    def planned(keys: str, method: str = "selfparam", **options: Any) -> Planned:
+        author = "" if method in ("bm25", "memoryllm") else 'author = "oracle"\n'
+        table = make(tmp_path, "m", f'[[methods]]\nlabel = "X"\nmethod = "{method}"\n{author}{keys}\n', **options)
+        table = replace(table, models=(replace(table.models[0], parameters=1e9),))
+        return plan(table, {}, tflops=1)[0]
+
+    def seconds(keys: str, method: str = "selfparam") -> float:
+        return planned(keys, method).seconds or 0
+
+    def training(keys: str) -> float:
+        return seconds(keys) - seconds(keys.replace("epochs = 2", "epochs = 1"))
+
+    recipe = 'recipe = { from = "small", epochs = 2, unrelated_share = %s }'
+    assert training(f"ratio = 3.0\n{recipe % 1.0}") == pytest.approx(2 * training(f"ratio = 1.0\n{recipe % 1.0}"))
+    assert training(f"ratio = 3.0\n{recipe % 1.0}") == pytest.approx(2 * training(f"ratio = 4.0\n{recipe % 0.25}"))
+    assert training(recipe % 1.0) == training(f"ratio = 4.0\n{recipe % 1.0}")
+    assert seconds("top = 4", "bm25") > 3 * seconds("top = 1", "bm25")
+    steps = {"protocol": "sequential", "contexts": 4}
+    assert planned("").memory_gb == pytest.approx(4 * (2 + 3 * 0.003))
+    assert planned("", **steps).memory_gb == pytest.approx(4 * (3 + 3 * 0.003))
+    assert planned("at_once = true", **steps).memory_gb == planned("", more="per_step = 4\n", **steps).memory_gb == \
+        planned("").memory_gb
+    assert (planned("", "memoryllm").memory_gb, planned('checkpoint = "x"', "memoryllm").memory_gb) == (4, 8)
+    films = read_table(ROOT / "tables" / "table3.toml")
+    longer = replace(films, recommend=replace(films.recommend, tokens=2 * films.recommend.tokens))
+    assert all((b.seconds or 0) > (a.seconds or 0)
+               for a, b in zip(plan(films, {}, 1), plan(longer, {}, 1), strict=True))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
