@@ -54,14 +54,15 @@ def random_sets(lm: LM, contexts: int, length: int, pairs: int) -> list[TargetSe
     return found
 
 
-def wide_model(window: int) -> LM:
+def wide_model(window: int, device: torch.device) -> LM:
     """A random Llama of 13 million parameters with a long window and the embedded model's tokenizer."""
     tokenizer = LM.load().tokenizer
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
                          num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=window,
                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
-    return LM(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer, "random").checked()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return LM(model.to(device).eval(), tokenizer, "random").checked()
 
 
 def timed(lm: LM, sets: Sequence[TargetSet], epochs: int) -> dict[str, float]:
@@ -81,7 +82,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 def measure(sizes: dict[str, Sequence[int]], epochs: int) -> dict[str, Any]:
     """Points and exponents of every kind of growth."""
     embedded, found = LM.load(), {}
-    wide = wide_model(max(sizes["length"]) + 256)
+    wide = wide_model(max(sizes["length"]) + 256, embedded.device)
     for what, steps in sizes.items():
         points = []
         for n in steps:
@@ -91,7 +92,7 @@ def measure(sizes: dict[str, Sequence[int]], epochs: int) -> dict[str, Any]:
             print(what, points[-1], flush=True)
         found[what] = {"points": points, "exponent": {
             phase: exponent(steps, [p[phase] for p in points]) for phase in ("teacher", "training")}}
-    return {"growth": found, "epochs": epochs}
+    return {"growth": found, "epochs": epochs, "device": embedded.device.type}
 
 
 def main(argv: list[str] | None = None) -> None:

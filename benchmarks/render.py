@@ -31,9 +31,13 @@ def injection(found: dict[str, Any]) -> str:
 
 
 def reach(found: dict[str, Any]) -> str:
+    step = found.get("tokens_a_step")  # older numbers: PAPER's own
+    size = (f"about {step['paper']} tokens, one of ours {step['ours']}" if step else "1,024 tokens, one of ours fewer, "
+            "which slows what the paper's recipe learns in an epoch")
     lines = [f"## To the same F1\n\n{found['contexts']} contexts, {found['machine']['threads']} threads; the paper's "
              f"recipe written plainly, with learning rate {found['lr']:g}, and `SMALL`, a run for each number of "
-             f"epochs. The paper trains for 50 epochs; here its first {found['paper'][-1]['epochs']} were run. "
+             f"epochs. A step of the paper's recipe has {size} (the paper does not say how many).\n\nThe "
+             f"paper trains for 50 epochs; here its first {found['paper'][-1]['epochs']} were run. "
              "*sooner*: seconds to a point of the paper's recipe over our shortest run's with at least its F1.\n",
              "| recipe | epochs | seconds | F1 | ours, sooner |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| paper | {p['epochs']} | {p['seconds']:.1f} | {p['f1']:.3f} | {f'{n:.0f} times' if n else '-'} |"
@@ -59,6 +63,9 @@ def gpu(found: dict[str, Any]) -> str:
              "| shape | contexts | epochs | seconds a context | teacher, s | training, s | GB | utilisation of both |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for one in found["gpu"]:
+        if "error" in one:
+            lines.append(f"| {one['shape']} | {one['contexts']} | failed: {one['error'].replace('|', '/')} | | | | | |")
+            continue
         lines.append(
             f"| {one['shape']} | {one['contexts']} | {one['epochs']} | {one['seconds_per_context']:.2f} | "
             f"{one['seconds_teacher']:.1f} | {one['seconds_training']:.1f} | {one['peak_gb']:.1f} | "
@@ -74,7 +81,7 @@ PARTS = {
     "injection_float32": (injection, f"python -m benchmarks.injection --contexts 5 --epochs 4 --only plain {OUT}", ""),
     "reach": (reach, f"python -m benchmarks.reach {OUT}", ""),
     "growth": (growth, "make bench", "growth.svg"),
-    "gpu": (gpu, f"python -m benchmarks.gpu {OUT}", ""),
+    "gpu": (gpu, f"python -m benchmarks.gpu --shapes llama-3-8b {OUT}", ""),
 }
 
 

@@ -425,10 +425,13 @@ def weight_bytes(lm: LM) -> int:
     return sum(p.numel() * p.element_size() for p in lm.model.parameters())
 
 
-def peak_memory_mb() -> float | None:
-    """Largest memory of this process so far in MB: the GPU's where one is used, else the main memory's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
+def peak_memory_mb(device: torch.device | None = None) -> float | None:
+    """Largest memory of this process so far in MB: a GPU's where one is used, else the main memory's.
+
+    device: of the model (None: the first GPU, where there is one).
+    """
+    if device.type == "cuda" if device else torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":
         return None
     import resource

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import flops, gpu, growth, reach, render, ways
+from selfparam.inject import clock
 from selfparam.inject.objective import Head, Words, loss_of
 from selfparam.inject.pairs import build_rows, offsets, pack
 from selfparam.lm import LM
+from selfparam.steps import peak_memory_mb
 from selfparam.types import PAPER, Context, Question, Recipe, Sentence, TargetSet
 from tests.test_memory import SETS
 from tests.tiny import tiny_lm
@@ -84,6 +87,17 @@ def test_exponents() -> None:
     assert growth.exponent([10, 100], [5, 500]) == pytest.approx(2.0)
 
 
+def test_growth_is_measured_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert growth.wide_model(64, torch.device("meta")).device.type == "meta"
+    lm = tiny_lm()
+    monkeypatch.setattr(growth, "LM", SimpleNamespace(load=lambda: lm))
+    monkeypatch.setattr(growth, "wide_model", lambda window, device: used.append(device) or lm)
+    monkeypatch.setattr(growth, "timed", lambda *_: {"teacher": 1.0, "training": 1.0, "rows": 1})
+    used: list[torch.device] = []
+    found = growth.measure({"length": (100, 200)}, 1)
+    assert used == [lm.device] and found["device"] == "cpu"
+
+
 def test_random_sets_have_the_asked_size() -> None:
     lm = tiny_lm()
     sets = growth.random_sets(lm, 2, 50, 3)
@@ -92,7 +106,8 @@ def test_random_sets_have_the_asked_size() -> None:
     assert sets == growth.random_sets(lm, 2, 50, 3)
 
 
-def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                             capsys: pytest.CaptureFixture[str]) -> None:
     """The GPU's script on a CPU with a tiny shape, and a page of made-up numbers beside its own."""
     monkeypatch.setattr(gpu, "ceiling", lambda device, dtype: 1e9)
     results, docs = tmp_path / "results", tmp_path / "docs"
@@ -101,6 +116,25 @@ def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [found] = json.loads((results / "gpu.json").read_text())["gpu"]
     assert found["rows"] == 30 and found["seconds_training"] > 0 and found["utilisation_training"] > 0
     assert render.render(results, docs).count("not measured yet") == len(render.PARTS) - 1
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("too | short\nby far")
+
+    with monkeypatch.context() as patched:  # what fails is noted, and what was measured before stays
+        patched.setattr(gpu, "inject", fails)
+        more = ["--shapes", "tiny", "--contexts", "8", "9", "--device", "cpu", "--out", str(results / "gpu.json")]
+        gpu.main(more)
+    first, *rest = json.loads((results / "gpu.json").read_text())["gpu"]
+    assert first == found and [(e["contexts"], e["error"]) for e in rest] == [
+        (n, "OutOfMemoryError: too | short") for n in (8, 9)]
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(gpu, "measure", lambda shape, n, recipe, device: asked.append((n, recipe.epochs)) or first)
+    gpu.main([*more, "--contexts", "1", "8", "100"])
+    assert asked == [(1, 50), (8, 50), (100, 5)]
+    (results / "gpu.json").write_text(json.dumps({"device": "another", "torch": "1", "gpu": [first, *rest]}))
+    with pytest.raises(SystemExit):
+        gpu.main(more)
+    assert "name another file" in capsys.readouterr().err
     row = {"seconds": [1.0, 3.0, 2.0], "cpu": 4.0, "loss": 0.1, "peak_mb": 10.0, "start_mb": 5.0, "tokens": 100,
            "flops": 1e9, "f1": [0.5, 0.7], "sentences": 4, "tokens_per_context": 300.0}
     machine = {"device": "cpu", "processor": "x", "threads": 1, "torch": "2", "ours": "float32", "ceiling": 1e9}
@@ -118,6 +152,8 @@ def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "contexts": 2, "lr": 2e-3, "machine": machine, "paper": theirs, "ours": own, "ratios": [10.0, None]}))
     text = render.render(results, docs)
     assert "| paper | 5 | 10.0 | 0.500 | 10 times |" in text and "| paper | 10 | 20.0 | 0.600 | - |" in text
+    assert "A step of the paper's recipe has 1,024 tokens, one of ours fewer" in text
+    assert "| tiny | 8 | failed: OutOfMemoryError: too / short |" in text
     assert "| plain | 30.0 | 15.00 | 4.0 | 3 | 3.3% |" in text and "| contexts | 10, 20 | 1.0, 2.0 |" in text
     assert "not measured yet" not in text and "| tiny | 1 | 1 |" in text
     assert (docs / "performance.md").read_text("utf-8") == text
@@ -137,7 +173,20 @@ def test_both_recipes_are_followed_to_the_same_f1(monkeypatch: pytest.MonkeyPatc
     assert [p["epochs"] for p in found["paper"]] == [2, 4, 5]
     assert all(p["seconds"] > 0 and 0 <= p["f1"] <= 1 for p in found["paper"] + found["ours"])
     assert found["ours"][-1]["f1"] >= found["paper"][-1]["f1"] or len(found["ours"]) == len(reach.EPOCHS)
+    sizes = found["tokens_a_step"]
+    assert sizes["paper"] == sizes["ours"] > 0
+    assert reach.paper_recipe(1.0, 1, 1024) == PAPER.but(lr=1.0, epochs=1)
     assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
+
+
+def test_a_gpu_is_waited_for_and_its_own_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 1e6 * (device.index + 1))
+    second = torch.device("cuda:1")
+    assert clock(second) > 0 and clock(torch.device("cpu")) > 0 and waited == [second]
+    assert peak_memory_mb(second) == 2 and peak_memory_mb(torch.device("cpu")) > 10
 
 
 def test_shapes_are_the_published_ones() -> None:

@@ -6,6 +6,7 @@ import copy
 import random
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +107,33 @@ def test_own_text_and_its_errors(tmp_path: Path) -> None:
     file.write_text("x")
     with pytest.raises(TargetError, match="no sentences"):
         unrelated.from_file(file)
+
+
+def test_slimpajama_is_read_once_and_every_context_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def stream(name: str, **_: object) -> SimpleNamespace:
+        opened.append(name)
+        rows = ({"text": f"Passage {i} tells of nothing that anybody asks about here."} for i in count())
+        return SimpleNamespace(shuffle=lambda **_: rows)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=stream))
+    monkeypatch.setattr(unrelated, "POOL", 50)
+    unrelated.slimpajama_pool.cache_clear()
+    lm, one = tiny_lm("llama"), a_set()
+    other = replace(one, context=Context("Another text."))
+
+    def drawn(*sets: TargetSet, seed: int = 0) -> list[tuple[Sentence, ...]]:
+        return [s.unrelated for s in unrelated.add_unrelated(lm, sets, ratio=5.0, neighbour_share=0.0,
+                                                             source="slimpajama", seed=seed)]
+
+    first = drawn(one)
+    assert len(first[0]) == 10 and first == drawn(one)
+    assert len({tuple(found) for found in (first[0], drawn(other)[0], drawn(one, seed=1)[0])}) == 3
+    assert len({s.completion for part in drawn(one, other) for s in part}) == 20
+    assert opened == [unrelated.SLIMPAJAMA]
+    assert len(unrelated.slimpajama(51)) == 51 and len(opened) == 2
+    unrelated.slimpajama_pool.cache_clear()
 
 
 def test_packaged_halves_do_not_overlap() -> None:

@@ -1,7 +1,7 @@
 """What a run would do, without doing it: cells, memory, and the time that is to be expected.
 
-Rough on purpose: contexts and sentences of assumed lengths, six operations a parameter and token for training, two for
-reading. Where rows of a method exist, their seconds are used instead. Refuses to know weights' values.
+Rough on purpose: contexts, sentences and tests of assumed sizes, six operations a parameter and token for training, two
+for reading and writing. Where rows of a method exist, their seconds are used instead. Refuses to know weights' values.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from safetensors import SafetensorError, safe_open
 
 from selfparam.experiments.rows import Row
 from selfparam.experiments.spec import Cell, MethodSpec, ModelSpec, Table, cells_of
-from selfparam.methods import Training
+from selfparam.methods import Method, Training
+from selfparam.methods.infllm import InfLLM
+from selfparam.methods.memoryllm import MemoryLLM
+from selfparam.targets.unrelated import RATIO
 from selfparam.types import Recipe
 
 CONTEXT_TOKENS, SENTENCE_TOKENS, QUESTIONS, PROMPT_TOKENS = 500, 30, 2.25, 60
+REQUESTS, PER_PERSON = {"inspired": 250, "redial": 4_500}, 4  # about as many as the paper's targets; films
 MLP_SHARE, OSF_SHARE, LORA_SHARE = 0.6, 0.5, 0.003  # of the parameters that are trained
 
 
@@ -52,7 +56,7 @@ def plan(table: Table, rows: Mapping[str, Row], tflops: float) -> list[Planned]:
         each = mean(sum(row["seconds"].values()) for row in have) if have else None
         if each is None and size:
             each = operations(table, cells[0].method, size, n) / (tflops * 1e12)
-        found.append(Planned(model, label, n, len(cells), missing, memory(cells[0].model, cells[0].method, size),
+        found.append(Planned(model, label, n, len(cells), missing, memory(table, cells[0], size),
                              each * missing if each is not None else None, bool(have)))
     return found
 
@@ -85,28 +89,51 @@ def recipe_of(method: MethodSpec) -> Recipe | None:
 
 
 def operations(table: Table, method: MethodSpec, size: float, n: int) -> float:
-    """Operations of one cell: writing is not counted; teacher, training and answering are."""
-    recipe = recipe_of(method)
-    asked = n * QUESTIONS * (PROMPT_TOKENS + (0 if method.role == "ours" else CONTEXT_TOKENS))
-    asked *= n if table.protocol == "sequential" else 1
-    reading = 2 * size * asked
+    """Operations of one cell: writing pairs is not counted; teacher, training and answering are."""
+    made, recipe = method.make(), recipe_of(method)
+    reading = 2 * size * asked(table, made, n)
     if recipe is None:
         return reading
-    pairs = max([table.authors[method.author].pairs] if method.author else [0])
-    sentences = n * ((method.pairs or pairs) * 2 + recipe.rehearsal)
-    tokens = sentences * SENTENCE_TOKENS or n * CONTEXT_TOKENS
-    teacher = n * CONTEXT_TOKENS + tokens
+    author = table.authors.get(method.author)
+    pairs = n * (method.pairs or author.pairs) if author else 0
+    unrelated = pairs * (0 if getattr(made, "on", "sentences") == "answers" else _ratio(made)) + n * recipe.rehearsal
+    trained = pairs + recipe.unrelated_share * unrelated
+    tokens = trained * SENTENCE_TOKENS or n * CONTEXT_TOKENS
+    teacher = n * CONTEXT_TOKENS + (pairs + unrelated) * SENTENCE_TOKENS if method.role == "ours" else 0
     return reading + 6 * size * tokens * recipe.epochs + 2 * size * teacher
 
 
-def memory(model: ModelSpec, method: MethodSpec, size: float) -> float | None:
-    """GB: the weights, and for a method that trains: the new weights, gradients and two moments of what is trained."""
+def _ratio(made: Method) -> float:
+    """Unrelated sentences for each pair."""
+    found = getattr(made, "ratio", None)
+    return RATIO if found is None else float(found)
+
+
+def asked(table: Table, made: Method, n: int) -> float:
+    """Tokens of all questions of a cell, with what stands in front of them and the answers."""
+    where = getattr(made, "context", "none")
+    front = {"own": 1, "all": n}.get(where, getattr(made, "top", 0)) * CONTEXT_TOKENS
+    once = n * CONTEXT_TOKENS if isinstance(made, InfLLM | MemoryLLM) else 0
+    if table.protocol == "recommend":
+        requests = int(table.data.get("requests") or REQUESTS.get(str(table.data.get("kind")), PER_PERSON * n))
+        return once + requests * (CONTEXT_TOKENS + front + table.recommend.tokens)
+    times = n if table.protocol == "sequential" else 1
+    return once + times * n * QUESTIONS * (PROMPT_TOKENS + front)
+
+
+def memory(table: Table, cell: Cell, size: float) -> float | None:
+    """GB: the weights, and for a method that trains: the new weights, gradients and two moments of what is trained.
+
+    In a sequence of several steps also the weights of the step before; a checkpoint of MemoryLLM's is another model.
+    """
     if not size:
         return None
-    each = 2 if model.dtype == "bfloat16" else 4
+    method, made = cell.method, cell.method.make()
+    each = 2 if cell.model.dtype == "bfloat16" else 4
     recipe = recipe_of(method)
     if recipe is None:
-        return size * each / 1e9
+        other = getattr(made, "checkpoint", "")
+        return (size + (parameters(ModelSpec(other)) or size if other else 0)) * each / 1e9
     share = {"lora": LORA_SHARE, "mlp": MLP_SHARE, "full": 1.0, "osf": OSF_SHARE}[recipe.train]
-    copies = 3 if method.options.get("teacher") == "first" else 2
-    return size * each * (copies + 3 * share) / 1e9
+    steps = table.protocol == "sequential" and not method.at_once and cell.n > table.per_step
+    return size * each * ((3 if steps else 2) + 3 * share) / 1e9

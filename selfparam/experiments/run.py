@@ -18,18 +18,22 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
+import torch
+
 from selfparam.errors import AuthorError, InjectionError, ModelError, TableError, TargetError
 from selfparam.experiments.authors import sets_by
 from selfparam.experiments.lab import Lab, open_lab
 from selfparam.experiments.protocols import PROTOCOLS, members, stacked
 from selfparam.experiments.recommending import Scores
 from selfparam.experiments.rows import Row, append_row, read_rows, usable, write_rows
-from selfparam.experiments.spec import Cell, ModelSpec, Table, cells_of
+from selfparam.experiments.spec import Cell, ModelSpec, Table, authors_of, cells_of
 from selfparam.experiments.unfinished import Unfinished
+from selfparam.inject import precision
 from selfparam.inject.stack import STACK
+from selfparam.lm import LM
 from selfparam.methods import Stacking
 from selfparam.steps import cache_folder, peak_memory_mb, versions
-from selfparam.types import TargetSet, content_hash
+from selfparam.types import Recipe, TargetSet, content_hash
 
 Says = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -83,13 +87,17 @@ def run_table(table: Table, *, workers: int = 1, ray: bool = False, stack: int =
 
 
 def _jobs(table: Table, lab: Lab, cells: Sequence[Cell], says: Says) -> list[Job]:
-    """The cells with their target sets, written once for all of them; all methods of a context before the next."""
+    """The cells with their target sets, written once for all of them; all methods of a context before the next.
+
+    An erring author takes its wrong answers from all contexts of the table, whichever cells are missing.
+    """
     wanted: dict[str, set[int]] = {}
     for cell in cells:
         wanted.setdefault(cell.method.author, set()).update(members(table, cell))
     written: dict[str, dict[int, TargetSet]] = {}
     for author, indices in wanted.items():
-        order = sorted(indices)
+        errs = any(one.kind == "erring" for one in authors_of(table, author).values())
+        order = range(len(lab.bench.items)) if errs else sorted(indices)
         items = [lab.bench.items[i] for i in order]
         sets = [TargetSet(item.context, ()) for item in items]
         if author:
@@ -177,8 +185,17 @@ def _row(table: Table, lab: Lab, cell: Cell, scores: Scores) -> Row:
         "cell": cell.id, "table": table.name, "protocol": table.protocol, "model": cell.model.shown,
         "method": cell.method.label, "author": cell.method.author, "n": cell.n, "index": cell.index,
         "model_hash": lab.model_hash, "data_hash": data_hash(table, lab, cell), **scores,
-        "settings": json.loads(cell.settings), "versions": versions(), "peak_memory_mb": peak_memory_mb(),
+        "settings": json.loads(cell.settings), "versions": versions(), "machine": machine(lab.lm),
+        "peak_memory_mb": peak_memory_mb(lab.lm.device),
     }
+
+
+def machine(lm: LM) -> dict[str, str]:
+    """Where the weights are, and in which precision: as they are held, and as recipes with precision "auto" train."""
+    with precision(lm, Recipe(precision="auto")):
+        fast = torch.is_autocast_enabled(lm.device.type)
+    held = str(lm.model.dtype).removeprefix("torch.")
+    return {"device": lm.device.type, "dtype": held, "auto": "bfloat16" if fast else held}
 
 
 # --- other processes --------------------------------------------------------------------------------------------------
@@ -233,7 +250,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _by_ray(table: Table, model: ModelSpec, stacks: Sequence[Sequence[Job]], workers: int) -> Iterator[Row]:
-    """Ray: the cluster of RAY_ADDRESS, or a local one with `workers` processors. A GPU each where the model asks."""
+    """Ray: the cluster of RAY_ADDRESS, or a local one with `workers` processors.
+
+    A GPU each where the model asks for one, or for none in particular ("auto") and the cluster has some.
+    """
     try:
         import ray
     except ImportError as error:
@@ -242,8 +262,8 @@ def _by_ray(table: Table, model: ModelSpec, stacks: Sequence[Sequence[Job]], wor
     local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
-    gpus = 1 if model.device.startswith("cuda") else 0
-    task = ray.remote(num_cpus=1, num_gpus=gpus)(in_worker)
+    asks = model.device.startswith("cuda") or (model.device == "auto" and "GPU" in ray.cluster_resources())
+    task = ray.remote(num_cpus=1, num_gpus=int(asks))(in_worker)
     shared = ray.put(table)
     waiting = [task.remote(shared, model, jobs) for jobs in stacks]
     try:

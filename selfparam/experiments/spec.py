@@ -210,14 +210,19 @@ def methods_of(table: Table, model: ModelSpec) -> list[MethodSpec]:
     return [method for method in table.methods if not method.models or model.shown in method.models]
 
 
+def authors_of(table: Table, name: str) -> dict[str, AuthorSpec]:
+    """The author of that name, the one whose pairs it takes, and so on; {} for no name."""
+    found = {}
+    while name:
+        found[name] = table.authors[name]
+        name = found[name].of
+    return found
+
+
 def settings_of(table: Table, model: ModelSpec, method: MethodSpec) -> str:
     """What decides a cell's result, as JSON; recipes are written out, so that a changed default is another cell."""
     made = _without_defaults(asdict(method.make()))  # type: ignore[call-overload]
-    authors = {}
-    name = method.author
-    while name:
-        authors[name] = table.authors[name].deciding()
-        name = table.authors[name].of
+    authors = {name: one.deciding() for name, one in authors_of(table, method.author).items()}
     settings: dict[str, Any] = {
         "protocol": table.protocol, "data": dict(table.data), "probes": _without_defaults(asdict(table.probes)),
         "seed": table.seed, "questions": table.questions, "model": [model.name, model.dtype],

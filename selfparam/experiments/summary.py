@@ -133,8 +133,13 @@ def _block(table: Table, model: ModelSpec, n: int, cells: Sequence[Cell], rows: 
         if recommends and good[method.label]:
             lines[-1] = _with_recall(lines[-1], table.recommend.filter, good[method.label][0], good.get(rival, []))
     hashes = {row["model_hash"] for c in cells if (row := rows.get(c.id))}
-    notes = ("rows of different weights: run the table again",) if len(hashes) > 1 else ()
-    return Block(model, n, tuple(lines), best, notes)
+    notes = ["rows of different weights: run the table again"] if len(hashes) > 1 else []
+    made = {"{device}, {dtype}, trained in {auto}".format(**row["machine"])
+            for c in cells if "machine" in (row := rows.get(c.id, {}))}
+    if len(made) > 1:
+        notes.append(f"rows of different machines ({'; '.join(sorted(made))}): seconds do not compare, and scores "
+                     "less well")
+    return Block(model, n, tuple(lines), best, tuple(notes))
 
 
 def _line(method: MethodSpec, per_step: int, cells: int, rows: Sequence[Row], scores: Mapping[str, float],

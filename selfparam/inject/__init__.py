@@ -62,6 +62,13 @@ def precision(lm: LM, recipe: Recipe) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, read when a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def inject(
     lm: LM,
     target_sets: Sequence[TargetSet],
@@ -121,7 +128,7 @@ def inject(
     kept = Kept(student.device, cache_bytes)
     with torch.random.fork_rng(devices=cuda), precision(student, recipe), kept:
         torch.manual_seed(recipe.seed)
-        begin = time.perf_counter()
+        begin = clock(student.device)
         if checkpoints:
             checkpoints.about(student.model, rows, recipe)
         targets: Target
@@ -135,14 +142,14 @@ def inject(
             targets = as_target(tensors, head_of(teacher or student), copy=recipe.train == "full")
         else:
             targets = next_words(student, rows)
-        taught = time.perf_counter()
+        taught = clock(student.device)
         model = make_trainable(student, recipe)
         if accelerator:  # equal weights, different dropout
             torch.manual_seed(recipe.seed + accelerator.process_index)
         with lean(model, line_width(lm, rows)):
             held = Held(model, curvature, recipe) if curvature and recipe.retention else None
             trained = train(student, model, rows, targets, recipe, progress, checkpoints, accelerator, held)
-        done = time.perf_counter()
+        done = clock(student.device)
     adapter = _adapter_of(model) if keep_adapter and recipe.train == "lora" else None
     merge_error = merge(student, model, rows, kinds) if short or recipe.train in ("lora", "osf") else 0.0
     student.model.requires_grad_(True)

@@ -12,6 +12,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from selfparam.lm import LM
 from selfparam.types import Sentence, TargetSet
 
 SLIMPAJAMA = "cerebras/SlimPajama-627B"
+POOL = 5_000  # passages that are read of it at a time
 LONGEST = 320  # characters of a plain passage
 RATIO, NEIGHBOUR_SHARE = 4.0, 0.9  # measured on the embedded model (docs/LOG.md): with fewer a new fact leaks
 _LETTERS = "".join(map(chr, range(0x250)))  # Latin ones: other alphabets have no made-up names here
@@ -62,21 +64,31 @@ def from_file(path: str | Path) -> list[str]:
     return found
 
 
-def slimpajama(n: int, seed: int = 0) -> list[str]:
-    """n passages of SlimPajama through `datasets` streaming (needs the network). Raises TargetError."""
+def slimpajama(n: int, seed: int = 0, contexts: Sequence[str] = ()) -> list[str]:
+    """n passages of SlimPajama (needs the network), others for another seed and other contexts (ids).
+
+    They are drawn from one pool that the process reads once. Raises TargetError.
+    """
+    pool = slimpajama_pool(-(-n // POOL) * POOL) if n else ()
+    return random.Random("/".join((str(seed), *contexts))).sample(pool, min(n, len(pool)))
+
+
+@cache
+def slimpajama_pool(n: int) -> tuple[str, ...]:
+    """The first n passages of the stream in a shuffled order, always the same. Raises TargetError."""
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(SLIMPAJAMA, split="train", streaming=True).shuffle(seed=seed, buffer_size=1000)
+        rows = load_dataset(SLIMPAJAMA, split="train", streaming=True).shuffle(seed=0, buffer_size=1000)
         found: list[str] = []
         for row in rows:
             found += passages_of(row["text"])[:3]
             if len(found) >= n:
-                return found[:n]
+                break
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise TargetError(f"cannot stream {SLIMPAJAMA} ({reason}): give a text file or 'self' as source") from error
-    return found
+    return tuple(found[:n])
 
 
 def sampled(lm: LM, n: int, *, seed: int = 0, temperature: float = 1.0) -> list[Sentence]:
@@ -192,7 +204,7 @@ def add_unrelated(
         texts = (
             packaged()
             if source == "packaged"
-            else slimpajama(missing, seed)
+            else slimpajama(missing, seed, [s.context.id for s in sets])
             if source == "slimpajama"
             else from_file(source)
         )
