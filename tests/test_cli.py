@@ -21,9 +21,11 @@ from transformers import AutoModelForCausalLM
 import selfparam
 from selfparam import report, steps
 from selfparam.cli import main
-from selfparam.errors import TargetError
+from selfparam.errors import InjectionError, TargetError
+from selfparam.inject.memory import fits
 from selfparam.lm import LM
 from selfparam.report import Journal
+from selfparam.store import writing_beside
 from selfparam.types import PAPER, SMALL, Context, Question, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
@@ -318,13 +320,50 @@ def test_failures_on_the_way(
         patch.setattr(owner, where, failing(error))
         found, out, err = run("inject", model, "lamp.txt", *author, "--out", "out", *QUICK)
     assert (found, out) == (code, "")
-    assert err.startswith(says.replace("MODEL", model)) and err.count("\n") == 1
+    *notes, last = err.splitlines()
+    assert last.startswith(says.replace("MODEL", model)) and all(one.startswith("note: ") for one in notes)
     if "continue with" in err:
         found, out, err = run("inject", model, "--out", "out", "--resume")
         assert (found, err) == (0, "")
         assert (place / "out" / "injection.json").exists()
         before = sorted([*before, place / "out"])
     assert sorted(path for path in place.iterdir() if path.name != "cache") == before
+
+
+@pytest.fixture
+def interrupted(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The hidden folder of an injection into out/ that was interrupted."""
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("selfparam.inject"), "train", failing(KeyboardInterrupt()))
+        assert run("inject", model, "lamp.txt", *OWN, "--out", "out", *QUICK)[0] == 130
+    assert sorted(path for path in os.listdir() if path.startswith(".")) == [".out.injection"]
+    return ".out.injection"
+
+
+def test_what_was_interrupted_is_dropped_only_for_what_takes_its_place(run: Run, model: str, interrupted: str) -> None:
+    code, _, err = run("inject", model, "missing.txt", "--out", "out", "--restart")
+    assert code == 2 and "missing.txt" in err and Path(interrupted, "job.json").exists()
+    code, _, err = run("inject", "embedded", "--out", "out", "--resume")
+    assert code == 2 and f"into '{model}', not 'embedded'" in err and err.count("\n") == 1
+    assert run("inject", model, "--out", "out", "--resume")[0] == 0
+
+
+def test_short_memory_is_no_end(run: Run, model: str, interrupted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        fits(failing(torch.OutOfMemoryError("out of memory")), last=True)
+
+    for error, kept in ((short, True), (failing(InjectionError("the loss became nan")), False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module("selfparam.inject"), "train", error)
+            assert run("inject", model, "--out", "out", "--resume")[0] == 2
+        assert Path(interrupted).exists() == kept
+
+
+def test_one_injection_at_a_time(run: Run, model: str) -> None:
+    with writing_beside("new/out"):
+        code, _, err = run("inject", model, "lamp.txt", *OWN, "--out", "new/out", *QUICK, "--restart")
+        assert code == 2 and "another process is injecting into 'new/out'" in err and err.count("\n") == 1
+    assert not Path("new").exists()
 
 
 def test_bugs_are_not_hidden(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,19 @@ def test_a_stopped_injection_goes_on_with_what_it_had(run: Run, monkeypatch: pyt
     assert all(held) and len(teachers) == 3 and len(weights) == 2 and weights[0] == weights[1]
 
 
+def test_a_head_that_moved_costs_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(run)
+    assert learn(run, "lamp")[0] == 0
+    lamp = str(store.head)
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "inject", lambda *_, **__: (_ for _ in ()).throw(StoppedError("stopped")))
+        assert learn(run, "boat", "--retention", "0", "--rehearsal", "0")[0] == 130
+    assert run("rollback", "st")[0] == 0
+    code, _, err = run("inject", "st", "--resume")
+    assert code == 2 and "the head has moved" in err and store.unfinished.exists()
+    assert run("checkout", "st", lamp)[0] == 0 and run("inject", "st", "--resume")[0] == 0
+
+
 def test_the_model_before_all_injections_writes_the_pairs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     make(run)
     base, as_before = AutoModelForCausalLM.from_pretrained("tiny").state_dict(), []

@@ -12,7 +12,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +21,7 @@ import typer
 from selfparam.cli import store as stores
 from selfparam.cli import tables
 from selfparam.cli.score import score
-from selfparam.errors import SelfParamError, StoppedError, StoreError
+from selfparam.errors import OutputError, SelfParamError, StoppedError, StoreError
 from selfparam.report import (
     Journal,
     answers_table,
@@ -33,7 +32,7 @@ from selfparam.report import (
     plain,
     scores_table,
 )
-from selfparam.store import check_out, history_of, read_record, unfinished_beside
+from selfparam.store import check_out, history_of, read_record, unfinished_beside, writing_beside
 from selfparam.store.snapshots import Store, is_store
 from selfparam.types import SMALL_REHEARSAL, SMALL_SEQUENTIAL, Context, Objective, Train
 
@@ -205,7 +204,7 @@ def inject(
     command = f"selfparam inject {model}" + ("" if store else f" --out {out}")
     if out is not None:
         check_out(out)
-    with store.writing() if store else nullcontext():
+    with store.writing() if store else writing_beside(str(out)):
         waiting = (place / "job.json").is_file()
         if resume:
             _nothing_else(given, {"model", "out", "resume", "checkpoint_every", "machine"})
@@ -223,9 +222,11 @@ def inject(
 
         if resume:
             job = injecting.read_job(place)
+            if store is None and Path(job.model).resolve() != Path(model).resolve():
+                raise OutputError(f"what was interrupted is an injection into '{job.model}', not '{model}': name that "
+                                  "model, or drop it with --restart")
             start = injecting.load(job, store, history, journal)
         else:
-            injecting.drop_job(place)
             contexts = _read(files, field, journal)
             job, start = injecting.prepare(
                 injecting.Wishes(
@@ -236,6 +237,7 @@ def inject(
                     questions=questions, probes=probes, adapter=adapter, offline=offline, dtype=dtype, device=device,
                     force=force, history=history,
                 ), contexts, store, out, journal)
+            injecting.drop_job(place)
             injecting.save_job(place, job)
         injecting.finish(job, start, store, out, place, journal, machine, command=f"{command} --resume",
                          every=checkpoint_every, history=history)

@@ -16,7 +16,7 @@ from typing import Any
 
 from selfparam import learn, steps
 from selfparam.disk import reason
-from selfparam.errors import OutputError, RefusedError, StoppedError
+from selfparam.errors import InjectionError, OutputError, RefusedError, StoppedError
 from selfparam.inject.checkpoint import Checkpoints
 from selfparam.inject.curvature import Curvature
 from selfparam.job import Job, drop_job, read_job, save_job
@@ -139,7 +139,7 @@ def load(job: Job, store: Store | None, history: list[dict[str, Any]], journal: 
 
 def finish(job: Job, start: Start, store: Store | None, out: str | None, place: Path, journal: Journal, machine: bool,
            *, command: str, every: float, history: list[dict[str, Any]]) -> None:
-    """Train and write. The job stays on disk where it can be continued; any other end removes it."""
+    """Train and write. The job stays on disk unless it is done, or would end the same way again."""
     checkpoints = Checkpoints(place, every=every, advice=command, note=journal.note)
     try:
         with learn.stoppable(checkpoints):
@@ -152,8 +152,11 @@ def finish(job: Job, start: Start, store: Store | None, out: str | None, place: 
     except (OutputError, OSError) as error:
         what = str(error) if isinstance(error, OutputError) else f"{reason(error)}: make room"
         raise OutputError(f"{what}; then continue with  {command}") from error
-    except Exception:
-        drop_job(place)
+    except Exception as error:
+        if isinstance(error, InjectionError) and error.__cause__ is None:  # with a cause: memory was short
+            drop_job(place)
+        else:
+            journal.note(f"what was done is kept: continue with  {command}  or drop it with --restart")
         raise
     drop_job(place)
     if store:
