@@ -50,6 +50,8 @@ def check_out(out: str | Path, *, needed: int = 0, file: bool = False) -> None:
         if path.is_dir() and not file:
             if any(path.iterdir()):
                 raise OutputError(f"'{out}' exists and is not empty: choose another folder")
+            if path.samefile("."):
+                raise OutputError(f"'{out}' is the folder you are in: choose a new one inside it")
             if path.is_mount():
                 raise OutputError(f"'{out}' is a mount point: choose a new folder inside it")
         elif os.path.lexists(path):
