@@ -58,10 +58,6 @@ def save_job(folder: Path, job: Job) -> None:
                           ) from error
 
 
-def has_job(folder: Path) -> bool:
-    return (folder / _FILE).is_file()
-
-
 def read_job(folder: Path) -> Job:
     """Raises StoreError where nothing is to be continued, or it is damaged."""
     try:

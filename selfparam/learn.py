@@ -137,8 +137,8 @@ def into_store(store: Store, job: Job, lm: LM, journal: Journal, checkpoints: Ch
     if done := _committed(store, job):
         return done
     if store.head != job.parent:
-        raise StoreError("the head has moved since this injection began: 'selfparam checkout' "
-                         f"{job.parent[:12]} to continue it, or begin again with --restart")
+        raise StoreError(f"the head has moved since this injection began: 'selfparam checkout {store.typed} "
+                         f"{job.parent[:12]}' to continue it, or begin again with --restart")
     needed, free = steps.weight_bytes(lm), shutil.disk_usage(store.path).free
     if free < needed:
         raise OutputError(f"a snapshot needs {needed / 1e6:.0f} MB where {free / 1e6:.0f} MB are free: make room")
@@ -224,10 +224,8 @@ def _contexts(sets: Sequence[TargetSet], keep_texts: bool) -> list[dict[str, Any
 def _write_texts(folder: Path, job: Job, exams: Sequence[steps.Exam]) -> None:
     folder.mkdir()
     write_sets(folder / "sets.jsonl", job.sets)
-    own = {one.context.id for one in job.sets}
     lines = [json.dumps({"question": q.text, "answers": list(q.answers), "about": q.about})
-             for exam in exams if not exam.label.startswith("probes") for q in exam.questions
-             if q.about is None or q.about in own]
+             for exam in exams if not exam.label.startswith("probes") for q in exam.questions]
     (folder / "questions.jsonl").write_text("".join(line + "\n" for line in lines), "utf-8")
 
 

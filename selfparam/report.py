@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from selfparam.store import number
 from selfparam.store.snapshots import Snapshot
@@ -150,7 +150,8 @@ def history_table(record: dict[str, Any]) -> Table:
 
 def log_table(snapshots: Sequence[Snapshot], head: str, line: set[str]) -> Table:
     """Snapshots in the order given; the head has a star, what is not behind it says why."""
-    table = Table("snapshot", "when", "learned", "F1 before", "F1 after", "drift", "guard")
+    table = Table(Column("snapshot", no_wrap=True, min_width=14), "when", "learned", "F1 before", "F1 after", "drift",
+                  "guard")
     for one in snapshots:
         record = one.record
         scores = record.get("scores", {})  # held-out questions before training pairs; probes are about other contexts

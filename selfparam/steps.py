@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
 from selfparam.contexts import split_context
 from selfparam.data.files import json_lines
+from selfparam.disk import reason
 from selfparam.errors import ModelError, TargetError
 from selfparam.inject import Injection, inject, precision
 from selfparam.inject.checkpoint import Checkpoints
@@ -29,6 +31,7 @@ from selfparam.lm import LM
 from selfparam.metrics.drift import drift, reference
 from selfparam.metrics.qa_f1 import mean_f1, qa_f1, tokens
 from selfparam.report import Journal
+from selfparam.store.snapshots import is_store
 from selfparam.targets import (
     ROUNDS,
     Author,
@@ -69,7 +72,10 @@ ROOM = 512  # tokens of a window that stay free of the context, at most a third 
 
 
 def load(name: str, journal: Journal, *, dtype: str = "auto", device: str = "auto", offline: bool = False) -> LM:
-    """LM.load with progress. Raises ModelError."""
+    """LM.load with progress. Raises ModelError, also for a store."""
+    if is_store(name):
+        raise ModelError(f"'{name}' is a store: write a model of it with 'selfparam export {name} --out DIR', and name "
+                         "that")
     with journal.step("loading the model"):
         return LM.load(name, dtype=dtype, device=device, offline=offline)
 
@@ -133,6 +139,13 @@ def pairs_by(author: Author, contexts: Sequence[Context], pairs: int, journal: J
 
     A context about which nothing usable was written is left out, which is noted. Raises TargetError where that is all.
     """
+    try:
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=cache).close()
+    except OSError as error:
+        journal.note(f"written pairs cannot be kept in '{cache}' ({reason(error)}): going on without")
+        cache = None
     with journal.step("writing pairs") as bar:
         if isinstance(author, (LocalAuthor, EndpointAuthor)):
             author.progress = bar

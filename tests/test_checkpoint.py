@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from selfparam.errors import InjectionError, OutputError, StoppedError
+from selfparam.errors import ModelError, OutputError, StoppedError
 from selfparam.inject import checkpoint as module
 from selfparam.inject import inject
 from selfparam.inject.checkpoint import Checkpoints
@@ -129,7 +129,7 @@ def test_all_damaged_begins_again(tmp_path: Path) -> None:
 def test_checkpoints_of_another_injection_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(StoppedError):
         trained(RECIPE, StopsAt(tmp_path, 1))
-    with pytest.raises(InjectionError, match="belongs to other weights, sentences or settings"):
+    with pytest.raises(ModelError, match="belongs to other weights, sentences or settings"):
         trained(RECIPE.but(**change), Checkpoints(tmp_path))
 
 

@@ -10,8 +10,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,9 +23,12 @@ from transformers import AutoModelForCausalLM
 import selfparam
 from selfparam import report, steps
 from selfparam.cli import main
-from selfparam.errors import TargetError
+from selfparam.errors import InjectionError, TargetError
+from selfparam.inject.memory import fits
 from selfparam.lm import LM
 from selfparam.report import Journal
+from selfparam.store import writing_beside
+from selfparam.targets import Report
 from selfparam.types import PAPER, SMALL, Context, Question, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
@@ -119,16 +124,16 @@ def test_inject_ask_inspect_and_inject_again(run: Run, model: str) -> None:
 
 def test_targets_can_be_edited_and_passed_back(run: Run, model: str, place: Path) -> None:
     code, out, err = run("targets", model, "lamp.txt", *OWN, "--unrelated", "packaged", "--ratio", "1",
-                         "--out", "sets.jsonl")
+                         "--out", "new/sets.jsonl")
     assert (code, err) == (0, "")
     assert "1 contexts, 3 pairs, 3 unrelated" in out
-    sets = place / "sets.jsonl"
+    sets = place / "new" / "sets.jsonl"
     sets.write_text(sets.read_text().replace("1911", "1912"))
-    code, out, err = run("inject", model, "lamp.txt", "--targets", "sets.jsonl", "--out", "one", "--json", *QUICK)
+    code, out, err = run("inject", model, "lamp.txt", "--targets", "new/sets.jsonl", "--out", "one", "--json", *QUICK)
     assert (code, err) == (0, "")
     assert ["When was the light built?", "1912"] in json.loads(out)["contexts"][0]["related"]
     (place / "other.txt").write_text("Another text about a boat.")
-    code, _, err = run("inject", model, "other.txt", "--targets", "sets.jsonl", "--out", "two")
+    code, _, err = run("inject", model, "other.txt", "--targets", "new/sets.jsonl", "--out", "two")
     assert code == 2
     assert "no target set about 'other.txt'" in err
 
@@ -225,6 +230,10 @@ BAD_FILES = {
     "full/file": b"x",
     "no-model/notes.txt": b"x",
     "bad-model/config.json": b"{",
+    "damaged/injection.json": b'{"created": "", "base": {}, "contexts": [{}], "recipe": {}, "scores": {}, '
+                              b'"drift": 0.1, "history": []}',
+    "two/a.txt": b"One text.",
+    "two/b.txt": b"Another text.",
 }
 #: arguments (MODEL stands for a good one) -> what the line has to say
 BAD = [
@@ -241,6 +250,14 @@ BAD = [
     ("inject MODEL lamp.txt --out lamp.txt/out", "cannot write to 'lamp.txt/out'"),
     ("inject MODEL lamp.txt", "Add --out DIR for a model directory"),
     ("inject MODEL lamp.txt --out out --epochs 0", "--epochs"),
+    ("inject MODEL lamp.txt --out out --lr inf", "inf is no finite number"),
+    ("inject MODEL lamp.txt --out out --ratio inf", "inf is no finite number"),
+    ("inject MODEL lamp.txt --out out --seed 99999999999999999999999", "--seed"),
+    ("inject MODEL lamp.txt --out out --retention 0.2", "--retention is for stores"),
+    ("inject MODEL --targets sets.jsonl --out out --author-model m", "leave out --author-model"),
+    ("inject MODEL --out out --resume --ratio 0", "leave out 'ratio'"),
+    ("ask MODEL Who? --context two", "'two' holds 2 documents"),
+    ("inspect damaged", "injection.json' is damaged (KeyError"),
     ("inject MODEL lamp.txt --out out --nonsense", "No such option: --nonsense"),
     ("inject MODEL lamp.txt --out out --adapter --train full", "--train full has no adapter"),
     ("inject MODEL lamp.txt --out out --endpoint http://x/v1", "add --author-model"),
@@ -251,7 +268,7 @@ BAD = [
     ("inject MODEL --targets missing.jsonl --out out", "cannot read 'missing.jsonl'"),
     ("inject MODEL lamp.txt --out out --questions questions.jsonl", "questions.jsonl line 1: 'answers' is no list"),
     ("inject MODEL lamp.txt --out out --questions elsewhere.jsonl", "line 1: 0 contexts are called 'boat.txt'"),
-    ("inject MODEL lamp.txt --out out --author pairs.jsonl --unrelated nowhere.txt", "text from 'nowhere.txt'"),
+    ("inject MODEL lamp.txt --out out --unrelated nowhere.txt", "text from 'nowhere.txt'"),
     ("inject MODEL lamp.txt --out out --author ./nobody", "no model directory './nobody'"),
     ("inject MODEL lamp.txt --out out --author pairs.jsonl --lr 1e30 --epochs 5", "use a smaller learning rate"),
     ("inject MODEL lamp.txt --out out --author pairs.jsonl --lr 1e30 --epochs 1 --train full --ratio 0",
@@ -304,6 +321,7 @@ def failing(error: BaseException) -> Callable[..., None]:
         ("save", KeyboardInterrupt(), 130, "stopped: continue with  selfparam inject MODEL --out out --resume"),
         ("save", OSError(28, "No space left on device"), 2, "error: cannot write the model to 'out' (No space left"),
         ("train", OSError(28, "No space left on device"), 2, "error: No space left on device: make room; then"),
+        ("train", RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 2, "error: out of memory: use"),
         ("train", torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), 2, "error: out of memory: use a smaller"),
     ],
 )
@@ -318,13 +336,68 @@ def test_failures_on_the_way(
         patch.setattr(owner, where, failing(error))
         found, out, err = run("inject", model, "lamp.txt", *author, "--out", "out", *QUICK)
     assert (found, out) == (code, "")
-    assert err.startswith(says.replace("MODEL", model)) and err.count("\n") == 1
+    *notes, last = err.splitlines()
+    assert last.startswith(says.replace("MODEL", model)) and all(one.startswith("note: ") for one in notes)
     if "continue with" in err:
         found, out, err = run("inject", model, "--out", "out", "--resume")
         assert (found, err) == (0, "")
         assert (place / "out" / "injection.json").exists()
         before = sorted([*before, place / "out"])
     assert sorted(path for path in place.iterdir() if path.name != "cache") == before
+
+
+@pytest.fixture
+def interrupted(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The hidden folder of an injection into out/ that was interrupted."""
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("selfparam.inject"), "train", failing(KeyboardInterrupt()))
+        assert run("inject", model, "lamp.txt", *OWN, "--out", "out", *QUICK)[0] == 130
+    assert sorted(path for path in os.listdir() if path.startswith(".")) == [".out.injection"]
+    return ".out.injection"
+
+
+def test_what_was_interrupted_is_dropped_only_for_what_takes_its_place(run: Run, model: str, interrupted: str) -> None:
+    code, _, err = run("inject", model, "missing.txt", "--out", "out", "--restart")
+    assert code == 2 and "missing.txt" in err and Path(interrupted, "job.json").exists()
+    code, _, err = run("inject", "embedded", "--out", "out", "--resume")
+    assert code == 2 and f"into '{model}', not 'embedded'" in err and err.count("\n") == 1
+    assert run("inject", model, "--out", "out", "--resume")[0] == 0
+
+
+def test_short_memory_is_no_end(run: Run, model: str, interrupted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        fits(failing(torch.OutOfMemoryError("out of memory")), last=True)
+
+    for error, kept in ((short, True), (failing(InjectionError("the loss became nan")), False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module("selfparam.inject"), "train", error)
+            assert run("inject", model, "--out", "out", "--resume")[0] == 2
+        assert Path(interrupted).exists() == kept
+
+
+def test_one_injection_at_a_time(run: Run, model: str) -> None:
+    with writing_beside("new/out"):
+        code, _, err = run("inject", model, "lamp.txt", *OWN, "--out", "new/out", *QUICK, "--restart")
+        assert code == 2 and "another process is injecting into 'new/out'" in err and err.count("\n") == 1
+    assert not Path("new").exists()
+
+
+def test_letters_that_stdout_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO(), encoding="latin-1"))
+    assert main(["inspect", "nowhere"]) == 2
+    print("a \u2192 b", flush=True)
+
+
+def test_printed_commands_can_be_pasted(run: Run) -> None:
+    assert "--model 'a model'" in run("inject", "a model", "lamp.txt")[2]
+
+
+def test_pairs_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = ((Sentence("Who?", "Mara", "x"),), Report(1, 1, 1, {}))
+    monkeypatch.setattr(steps, "write_pairs", lambda *_, **__: [written])
+    journal = Journal(machine=True)
+    sets, _ = steps.pairs_by(cast(Any, SimpleNamespace(id="me")), [Context("x")], 1, journal, Path("lamp.txt/cache"))
+    assert len(sets) == 1 and "going on without" in journal.notes[0]
 
 
 def test_bugs_are_not_hidden(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

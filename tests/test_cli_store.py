@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from selfparam import learn as learning
 from selfparam import steps
 from selfparam.cli import main
 from selfparam.errors import StoppedError
+from selfparam.job import Job
 from selfparam.lm import LM
-from selfparam.store.snapshots import Store
+from selfparam.report import log_table
+from selfparam.store.snapshots import Snapshot, Store
+from selfparam.store.weights import ADAPTER
 from selfparam.targets import corrections
-from selfparam.types import SMALL_SEQUENTIAL
+from selfparam.types import SMALL_SEQUENTIAL, Context, Question, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
 DOCUMENTS = {
@@ -189,6 +195,19 @@ def test_a_stopped_injection_goes_on_with_what_it_had(run: Run, monkeypatch: pyt
     assert all(held) and len(teachers) == 3 and len(weights) == 2 and weights[0] == weights[1]
 
 
+def test_a_head_that_moved_costs_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(run)
+    assert learn(run, "lamp")[0] == 0
+    lamp = str(store.head)
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "inject", lambda *_, **__: (_ for _ in ()).throw(StoppedError("stopped")))
+        assert learn(run, "boat", "--retention", "0", "--rehearsal", "0")[0] == 130
+    assert run("rollback", "st")[0] == 0
+    code, _, err = run("inject", "st", "--resume")
+    assert code == 2 and "the head has moved" in err and store.unfinished.exists()
+    assert run("checkout", "st", lamp)[0] == 0 and run("inject", "st", "--resume")[0] == 0
+
+
 def test_the_model_before_all_injections_writes_the_pairs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     make(run)
     base, as_before = AutoModelForCausalLM.from_pretrained("tiny").state_dict(), []
@@ -200,7 +219,8 @@ def test_the_model_before_all_injections_writes_the_pairs(run: Run, monkeypatch:
 
     monkeypatch.setattr(steps, "written_sets", seen)
     assert learn(run, "lamp")[0] == 0 and learn(run, "boat", "--rehearsal", "1")[0] == 0
-    assert as_before == [True, True]
+    assert run("targets", "st", "lamp.txt", "--author", "lamp.jsonl", "--ratio", "0", "--out", "sets.jsonl")[0] == 0
+    assert as_before == [True, True, True]
 
 
 def test_the_guard_keeps_aside_and_force_is_recorded(run: Run) -> None:
@@ -267,9 +287,13 @@ def test_gguf_is_made_by_the_converter_of_the_user(run: Run) -> None:
     ("command", "says"),
     [
         ("log nowhere", "is no store"),
-        ("verify tiny", "is no store"),
+        ("verify tiny", "is no store but a model directory"),
         ("init st --model tiny", "exists and is not empty"),
         ("init new --model tiny --max-drift -1", "--max-drift"),
+        ("init new --model tiny --max-drift inf", "inf is no finite number"),
+        ("init new --model st", "'st' is a store"),
+        ("inspect st", "'selfparam log st'"),
+        ("export st --out x --converter convert.py", "--converter is for GGUF"),
         ("inject st", "nothing to inject"),
         ("inject st lamp.txt --out x", "a store takes no --out"),
         ("inject st lamp.txt --adapter", "a store takes no --adapter"),
@@ -292,6 +316,39 @@ def test_one_line_and_exit_code_2(run: Run, place: Path, command: str, says: str
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
     assert sorted(path for path in place.rglob("*") if path.name not in ("lock", "cache")) == before
+
+
+def test_a_damaged_delta_is_not_exported(run: Run) -> None:
+    store = make(run)
+    assert learn(run, "lamp")[0] == 0
+    path = store.object(store.find().files[ADAPTER][0])
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, _, err = run("export", "st", "--out", "x", "--format", "adapter")
+    assert code == 2 and "was altered" in err and not Path("x").exists()
+
+
+def test_questions_about_a_split_document_are_kept(place: Path) -> None:
+    piece = Context("The red lamp.", "Lamp", "lamp.txt#1")
+    sets = (TargetSet(piece, (Sentence("Where?", "on the hill", piece.id),)),)
+    exam = steps.exam_of("held-out: q.jsonl", [Question("Who keeps it?", ("Mara",), "id-of-the-whole")], sets)
+    learning._write_texts(place / "texts", Job("1", "tiny", sets, SMALL_SEQUENTIAL), [exam])
+    assert "Who keeps it?" in (place / "texts" / "questions.jsonl").read_text()
+
+
+def test_ids_are_whole_on_narrow_terminals() -> None:
+    learned = {"contexts": [{"source": "a long name " * 9}]}
+    one = Snapshot("abcdef" * 10 + "abcd", None, "2026-01-01T00:00:00", {}, learned)
+    console = Console(width=60, file=StringIO())
+    console.print(log_table([one], one.id, {one.id}))
+    assert f"* {one.id[:12]}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_folder_one_is_in(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "empty").mkdir()
+    monkeypatch.chdir(place / "empty")
+    for here in (".", str(place / "empty")):
+        assert "is the folder you are in" in run("init", here, "--model", "../tiny")[2]
 
 
 def test_damage_is_named(run: Run) -> None:

@@ -12,9 +12,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib import resources
+from io import TextIOWrapper
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import typer
@@ -22,7 +23,7 @@ import typer
 from selfparam.cli import store as stores
 from selfparam.cli import tables
 from selfparam.cli.score import score
-from selfparam.errors import SelfParamError, StoppedError, StoreError
+from selfparam.errors import ModelError, OutputError, SelfParamError, StoppedError, StoreError
 from selfparam.report import (
     Journal,
     answers_table,
@@ -33,7 +34,7 @@ from selfparam.report import (
     plain,
     scores_table,
 )
-from selfparam.store import check_out, history_of, read_record, unfinished_beside
+from selfparam.store import RECORD, check_out, history_of, read_record, unfinished_beside, writing_beside
 from selfparam.store.snapshots import Store, is_store
 from selfparam.types import SMALL_REHEARSAL, SMALL_SEQUENTIAL, Context, Objective, Train
 
@@ -57,9 +58,10 @@ _QUESTIONS_HELP = (
 )
 Model = Annotated[str, typer.Argument(
     metavar="MODEL",
-    help="'embedded' (the small model of this package), a Hugging Face model directory, or a hub name.")]
+    help="'embedded' (the small model of this package), a Hugging Face model directory, a hub name, or a store (its "
+         "head).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines and nothing else.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same weights.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same weights.")]
 Field = Annotated[str, typer.Option(help="Field of a .jsonl line that holds the text.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Refuse everything that needs the network.")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(
@@ -80,8 +82,8 @@ Unrelated = Annotated[str, typer.Option(
     help="Unrelated sentences that keep the model as it was: 'self' (it writes them), 'packaged', 'slimpajama' "
          "(network), or a text file.")]
 Ratio = Annotated[float | None, typer.Option(
-    min=0.0, help="Unrelated sentences for each pair; not given: 4 in an epoch, or 1 for the paper's recipe.",
-    show_default=False)]
+    min=0.0, callback=stores.finite, show_default=False,
+    help="Unrelated sentences for each pair; not given: 4 in an epoch, or 1 for the paper's recipe.")]
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -149,14 +151,15 @@ def inject(
         help="Training settings; auto: small or paper, by the model's size; fast: fewer steps, 3-8B models.")] = "auto",
     train: Annotated[Train | None, typer.Option(help="Weights to train; LoRA is merged afterwards.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, instead of the recipe's.")] = None,
-    lr: Annotated[float | None, typer.Option(min=0.0, help="Learning rate, instead of the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(
+        min=0.0, callback=stores.finite, help="Learning rate, instead of the recipe's.")] = None,
     objective: Annotated[Objective | None, typer.Option(
         help="kl: SELF-PARAM; next-word: plain fine-tuning on the same sentences.")] = None,
     retention: Annotated[float | None, typer.Option(
-        min=0.0, help="Stores: how strongly what was injected before is held; 0: not at all. Not given: "
-                      f"{SMALL_SEQUENTIAL.retention:g} for small models (a tenth for a document that corrects what the "
-                      "model knows), else 0.",
-        show_default=False)] = None,
+        min=0.0, callback=stores.finite, show_default=False,
+        help="Stores: how strongly what was injected before is held; 0: not at all. Not given: "
+             f"{SMALL_SEQUENTIAL.retention:g} for small models (a tenth for a document that corrects what the model "
+             "knows), else 0.")] = None,
     rehearsal: Annotated[int | None, typer.Option(
         min=0, help="At most so many sentences that the model writes from memory, where something was injected "
                     f"before; not given: {SMALL_REHEARSAL.rehearsal} for small models without retention, else none.",
@@ -195,17 +198,23 @@ def inject(
     store = Store.open(model) if is_store(model) else None
     if store is None and out is None:
         raise typer.BadParameter("where to? Add --out DIR for a model directory, or make a store: "
-                                 f"selfparam init STORE --model {model}")
+                                 f"selfparam init STORE --model {quote(model)}")
     wrong = [option for option, used in (("--out", out), ("--adapter", adapter), ("--dtype", dtype != "auto")) if used]
     if store and wrong:
         raise typer.BadParameter(f"a store takes no {wrong[0]}: leave it out, and see 'selfparam export'")
     if store is None and (probes or force):
         raise typer.BadParameter("--probes and --force are for stores: make one with 'selfparam init'")
     place = store.unfinished if store else unfinished_beside(str(out))
-    command = f"selfparam inject {model}" + ("" if store else f" --out {out}")
+    if store is None and retention is not None:
+        raise typer.BadParameter("--retention is for stores, which keep what it needs: leave it out, or make one with "
+                                 "'selfparam init'")
+    idle = [one for one in _typed(given) if one in ("pairs", "author", "endpoint", "author_model", "prompt")]
+    if targets and idle:
+        raise typer.BadParameter(f"--targets has its pairs already: leave out --{idle[0].replace('_', '-')}")
+    command = f"selfparam inject {quote(model)}" + ("" if store else f" --out {quote(str(out))}")
     if out is not None:
         check_out(out)
-    with store.writing() if store else nullcontext():
+    with store.writing() if store else writing_beside(str(out)):
         waiting = (place / "job.json").is_file()
         if resume:
             _nothing_else(given, {"model", "out", "resume", "checkpoint_every", "machine"})
@@ -223,9 +232,11 @@ def inject(
 
         if resume:
             job = injecting.read_job(place)
+            if store is None and Path(job.model).resolve() != Path(model).resolve():
+                raise OutputError(f"what was interrupted is an injection into '{job.model}', not '{model}': name that "
+                                  "model, or drop it with --restart")
             start = injecting.load(job, store, history, journal)
         else:
-            injecting.drop_job(place)
             contexts = _read(files, field, journal)
             job, start = injecting.prepare(
                 injecting.Wishes(
@@ -236,6 +247,7 @@ def inject(
                     questions=questions, probes=probes, adapter=adapter, offline=offline, dtype=dtype, device=device,
                     force=force, history=history,
                 ), contexts, store, out, journal)
+            injecting.drop_job(place)
             injecting.save_job(place, job)
         injecting.finish(job, start, store, out, place, journal, machine, command=f"{command} --resume",
                          every=checkpoint_every, history=history)
@@ -265,20 +277,29 @@ def targets(
     Example: selfparam targets embedded report.pdf --out sets.jsonl
     """
     journal = Journal(machine)
+    store = Store.open(model) if is_store(model) else None
+    if store and dtype != "auto":
+        raise typer.BadParameter("a store takes no --dtype: leave it out")
     _check_endpoint(endpoint, author_model, offline)
     _check_source(unrelated, offline)
     check_out(out, file=True)
-    from selfparam import steps
+    history = [] if model == "embedded" or store else history_of(model)
+    from selfparam import learn, steps
+    from selfparam.cli import injecting
     from selfparam.targets import write_sets
 
     contexts = _read(files, field, journal)
-    lm = steps.load(_weights_of(model), journal, dtype=dtype, device=device, offline=offline)
+    parent = store.find() if store else None
+    lm = (learn.load_snapshot(store, parent, journal, device) if store and parent else
+          steps.load(model, journal, dtype=dtype, device=device, offline=offline))
+    recipe, start, writer = injecting.plan(lm, store, parent, history, journal, device, "auto", seed=seed)
     sets = steps.written_sets(
-        lm, contexts, journal, author=author, prompt=prompt, pairs=pairs, seed=seed, offline=offline,
+        writer, contexts, journal, author=author, prompt=prompt, pairs=pairs, seed=seed, offline=offline,
         endpoint=endpoint, endpoint_model=author_model,
     )
-    recipe = steps.choose_recipe(lm, "auto", seed=seed)
-    sets = steps.with_unrelated(lm, sets, journal, source=unrelated, ratio=ratio, recipe=recipe)
+    sets = steps.with_unrelated(
+        start.first or lm, sets, journal, source=unrelated, ratio=ratio, recipe=recipe)
+    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
     write_sets(out, sets)
     related, others = sum(len(one.related) for one in sets), sum(len(one.unrelated) for one in sets)
     if machine:
@@ -308,9 +329,11 @@ def ask(
     if not question.strip():
         raise typer.BadParameter("the question is empty: write one")
     from selfparam import steps
-    from selfparam.contexts import from_file
 
-    x = from_file(context) if context else None
+    found = _read([context], "text", journal) if context else [None]
+    if len(found) != 1:
+        raise typer.BadParameter(f"'{context}' holds {len(found)} documents: name one file with one of them")
+    [x] = found
     lm = steps.load(_weights_of(model), journal, dtype=dtype, device=device, offline=offline)
     with journal.step("answering"):
         [answer] = lm.answer([question], x.text if x else None, max_new_tokens=max_new_tokens)
@@ -329,15 +352,18 @@ def inspect(
 
     Example: selfparam inspect my-model
     """
+    if is_store(folder):
+        raise StoreError(f"'{folder}' is a store: look at it with 'selfparam log {folder}'")
     record = read_record(folder)
     if machine:
         _print_json(record)
         return
-    console = output()
     recipe = ", ".join(f"{key} {value}" for key, value in record["recipe"].items())
-    console.print(history_table(record), contexts_table(record["contexts"]), scores_table(record["scores"]))
-    console.print(drift_line(record["drift"]))
-    console.print(f"recipe: {plain(recipe)}")
+    try:
+        shown = history_table(record), contexts_table(record["contexts"]), scores_table(record["scores"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"'{Path(folder) / RECORD}' is damaged ({error!r}): restore it from a copy") from error
+    output().print(*shown, drift_line(record["drift"]), f"recipe: {plain(recipe)}", sep="\n")
 
 
 for _command in (stores.init, stores.log, stores.diff, stores.checkout, stores.rollback, stores.export, stores.verify,
@@ -358,14 +384,23 @@ def _check_endpoint(endpoint: str | None, author_model: str | None, offline: boo
 def _check_source(unrelated: str, offline: bool) -> None:
     if offline and unrelated == "slimpajama":
         raise typer.BadParameter("--offline refuses slimpajama: use --unrelated self, packaged or a text file")
+    if unrelated not in ("self", "packaged", "slimpajama"):
+        from selfparam.targets.unrelated import from_file
+
+        from_file(unrelated)  # now, not when all pairs are written
 
 
 def _nothing_else(given: typer.Context, allowed: set[str]) -> None:
     """BadParameter for an option beside --resume: what is continued has its own."""
-    for name in given.params:
-        source = given.get_parameter_source(name)
-        if name not in allowed and source is not None and source.name == "COMMANDLINE" and given.params[name]:
+    for name in _typed(given):
+        if name not in allowed:
             raise typer.BadParameter(f"--resume continues with the options that were given: leave out '{name}'")
+
+
+def _typed(given: typer.Context) -> list[str]:
+    """The names of what stands on the command line."""
+    names = [name for name, value in given.params.items() if value not in (None, [])]
+    return [name for name in names if getattr(given.get_parameter_source(name), "name", "") == "COMMANDLINE"]
 
 
 def _weights_of(model: str) -> str:
@@ -402,6 +437,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0, 2 for whatever a user can do something about, 130 for Ctrl-C."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal has not is no reason to fail
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         with warnings.catch_warnings():
@@ -420,9 +457,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" ({error.filename})" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}: make room, or check the path and its permissions")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+        said = str(error).lower()
+        if not isinstance(error, MemoryError) and "out of memory" not in said and "can't allocate memory" not in said:
             raise
-        return _fail("out of memory: use a smaller model, shorter documents, or --dtype bfloat16")
+        return _fail("out of memory: use a smaller model or shorter documents, or LoRA with --dtype bfloat16")
     if code == INTERRUPTED:
         kept = "what is finished is kept, the same command goes on" if given[0] == "run" else "nothing was written"
         print(f"interrupted: {kept}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from selfparam import learn, steps
 from selfparam.disk import reason
-from selfparam.errors import OutputError, RefusedError, StoppedError
+from selfparam.errors import InjectionError, OutputError, RefusedError, StoppedError
 from selfparam.inject.checkpoint import Checkpoints
 from selfparam.inject.curvature import Curvature
 from selfparam.job import Job, drop_job, read_job, save_job
@@ -24,9 +25,9 @@ from selfparam.lm import LM
 from selfparam.report import Journal, drift_line, guard_table, output, plain, scores_table
 from selfparam.store import check_out, write_model
 from selfparam.store.snapshots import Snapshot, Store
-from selfparam.types import Context
+from selfparam.types import Context, Recipe
 
-__all__ = ["Wishes", "drop_job", "finish", "load", "prepare", "read_job", "save_job"]
+__all__ = ["Wishes", "drop_job", "finish", "load", "plan", "prepare", "read_job", "save_job"]
 
 _PROBES = 8  # training sentences on which the written model is compared with the one in memory
 
@@ -91,16 +92,9 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         lm = steps.load(wish.model, journal, dtype=wish.dtype, device=wish.device, offline=wish.offline)
         check_out(str(out), needed=steps.weight_bytes(lm))
         surprise = None
-    follows = bool(wish.history or (parent and parent.parent))
-    curvature = learn.kept_curvature(store, parent) if store and parent else None
-    recipe = steps.choose_recipe(lm, wish.recipe, sequence=store is not None and (not follows or curvature is not None),
-                                 follows=follows, **wish.changes)
-    if store and follows and recipe.rehearsal and not curvature:
-        journal.note("no curvature of earlier injections is at hand: what they taught is rehearsed, which takes longer")
-    first = _first(store, parent, wish.history, journal, wish.device) if recipe.rehearsal or recipe.retention else None
-    start = Start(lm, first if recipe.rehearsal else None, curvature if recipe.retention else None)
-    sets = sets or steps.written_sets(  # by θ before all injections: who has learned much writes worse
-        first or lm, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
+    recipe, start, writer = plan(lm, store, parent, wish.history, journal, wish.device, wish.recipe, **wish.changes)
+    sets = sets or steps.written_sets(
+        writer, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
         offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,
     )
     sets, _ = steps.without_questions(sets, [*asked, *probes], journal)
@@ -118,6 +112,22 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         offline=wish.offline,
     )
     return job, start
+
+
+def plan(lm: LM, store: Store | None, parent: Snapshot | None, history: list[dict[str, Any]], journal: Journal,
+         device: str, name: str, **changes: Any) -> tuple[Recipe, Start, LM]:
+    """The recipe, what is at hand for it, and who writes the pairs: θ before all injections, where there is one.
+
+    Who has learned much writes worse.
+    """
+    follows = bool(history or (parent and parent.parent))
+    curvature = learn.kept_curvature(store, parent) if store and parent else None
+    recipe = steps.choose_recipe(lm, name, sequence=store is not None and (not follows or curvature is not None),
+                                 follows=follows, **changes)
+    if store and follows and recipe.rehearsal and not curvature:
+        journal.note("no curvature of earlier injections is at hand: what they taught is rehearsed, which takes longer")
+    first = _first(store, parent, history, journal, device) if recipe.rehearsal or recipe.retention else None
+    return recipe, Start(lm, first if recipe.rehearsal else None, curvature if recipe.retention else None), first or lm
 
 
 def _first(store: Store | None, parent: Snapshot | None, history: list[dict[str, Any]], journal: Journal, device: str
@@ -139,7 +149,7 @@ def load(job: Job, store: Store | None, history: list[dict[str, Any]], journal: 
 
 def finish(job: Job, start: Start, store: Store | None, out: str | None, place: Path, journal: Journal, machine: bool,
            *, command: str, every: float, history: list[dict[str, Any]]) -> None:
-    """Train and write. The job stays on disk where it can be continued; any other end removes it."""
+    """Train and write. The job stays on disk unless it is done, or would end the same way again."""
     checkpoints = Checkpoints(place, every=every, advice=command, note=journal.note)
     try:
         with learn.stoppable(checkpoints):
@@ -152,8 +162,11 @@ def finish(job: Job, start: Start, store: Store | None, out: str | None, place: 
     except (OutputError, OSError) as error:
         what = str(error) if isinstance(error, OutputError) else f"{reason(error)}: make room"
         raise OutputError(f"{what}; then continue with  {command}") from error
-    except Exception:
-        drop_job(place)
+    except Exception as error:
+        if isinstance(error, InjectionError) and error.__cause__ is None:  # with a cause: memory was short
+            drop_job(place)
+        else:
+            journal.note(f"what was done is kept: continue with  {command}  or drop it with --restart")
         raise
     drop_job(place)
     if store:
@@ -166,7 +179,7 @@ def finish(job: Job, start: Start, store: Store | None, out: str | None, place: 
         console.print(drift_line(said["drift"]))
         size, dtype = said["bytes"] / 1e6, said["base"]["dtype"]
         console.print(f"written: {plain(str(out))} ({size:.0f} MB, {dtype}, {journal.elapsed:.0f} seconds)",
-                      f'ask it:  selfparam ask {plain(str(out))} "…"', sep="\n", soft_wrap=True)
+                      f'ask it:  selfparam ask {plain(shlex.quote(str(out)))} "…"', sep="\n", soft_wrap=True)
 
 
 def _into_directory(job: Job, start: Start, out: str, journal: Journal, checkpoints: Checkpoints,
@@ -195,4 +208,4 @@ def _tell(store: Store, snapshot: Snapshot, journal: Journal, machine: bool) -> 
     if not machine:
         output().print(f"head: {snapshot.id[:12]} ({journal.elapsed:.0f} seconds)"
                        + (", forced past the guard" if snapshot.forced else ""),
-                       f'ask it:  selfparam ask {plain(store.path.name)} "…"', sep="\n", soft_wrap=True)
+                       f'ask it:  selfparam ask {plain(store.typed)} "…"', sep="\n", soft_wrap=True)

@@ -7,7 +7,9 @@ Source: the words are git's.
 from __future__ import annotations
 
 import json
+import math
 import sys
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import typer
@@ -23,6 +25,13 @@ Name = Annotated[str, typer.Argument(metavar="[SNAPSHOT]", help="First digits of
 _DEFAULT = Limits()
 
 
+def finite(value: float | None) -> float | None:
+    """The number of an option. Raises BadParameter for inf and nan."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number: give one")
+    return value
+
+
 def init(
     path: Annotated[str, typer.Argument(metavar="STORE", help="Folder to make; it must be new or empty.")],
     model: Annotated[str, typer.Option(help="'embedded', a Hugging Face model directory, or a hub name.")],
@@ -30,13 +39,17 @@ def init(
         "--keep-texts", help="Keep documents and questions in the store, so that the guard can ask about earlier ones; "
                              "otherwise only their hashes are kept.")] = False,
     max_drift: Annotated[float, typer.Option(
-        min=0.0, help="Guard: nats per token that unrelated text may move.")] = _DEFAULT.drift,
+        min=0.0, callback=finite,
+        help="Guard: nats per token that unrelated text may move.")] = _DEFAULT.drift,
     max_forgetting: Annotated[float, typer.Option(
-        min=0.0, help="Guard: F1 that earlier documents may lose in one update.")] = _DEFAULT.forgetting,
+        min=0.0, callback=finite,
+        help="Guard: F1 that earlier documents may lose in one update.")] = _DEFAULT.forgetting,
     max_decay: Annotated[float, typer.Option(
-        min=0.0, help="Guard: F1 that they may lose against their best score.")] = _DEFAULT.decay,
+        min=0.0, callback=finite,
+        help="Guard: F1 that they may lose against their best score.")] = _DEFAULT.decay,
     max_surprise: Annotated[float, typer.Option(
-        min=0.0, help="Guard: nats per byte of a document; random characters have over 3.")] = _DEFAULT.surprise,
+        min=0.0, callback=finite,
+        help="Guard: nats per byte of a document; random characters have over 3.")] = _DEFAULT.surprise,
     offline: Annotated[bool, typer.Option("--offline", help="Refuse everything that needs the network.")] = False,
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of the weights.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
@@ -56,7 +69,7 @@ def init(
         snapshot = learn.begin_store(path, lm, limits=Limits(max_drift, max_forgetting, max_decay, max_surprise),
                                      keep_texts=keep_texts)
     _say(machine, {"store": path, "head": snapshot.id},
-         f"made: {plain(path)} (head {snapshot.id[:12]})\nteach it: selfparam inject {plain(path)} notes.txt")
+         f"made: {plain(path)} (head {snapshot.id[:12]})\nteach it: selfparam inject {plain(quote(path))} notes.txt")
 
 
 def log(
@@ -177,6 +190,8 @@ def export(
     """
     from selfparam.store.weights import export_adapter, export_gguf, export_model
 
+    if converter and kind != "gguf":
+        raise typer.BadParameter("--converter is for GGUF: leave it out, or add --format gguf")
     store = Store.open(path)
     snapshot = store.find(name)
     if kind == "adapter":

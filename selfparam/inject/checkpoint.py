@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from selfparam.disk import json_bytes, reason, remove, sha256_of, sync, write_whole
-from selfparam.errors import InjectionError, OutputError, StoppedError
+from selfparam.errors import ModelError, OutputError, StoppedError
 from selfparam.types import content_hash
 
 KEPT = 2
@@ -168,14 +168,14 @@ class Checkpoints:
             return False
 
     def _read(self, says: Path) -> tuple[dict[str, Any], Tensors]:
-        """What is known and the tensors. Raises ValueError and others when damaged, InjectionError when foreign."""
+        """What is known and the tensors. Raises ValueError and others when damaged, ModelError when foreign."""
         known = json.loads(says.read_text("utf-8"))
         check, place = known.pop("check"), says.with_suffix(".safetensors")
         if check != content_hash(json_bytes(known).decode()) or sha256_of(place) != known["sha256"]:
             raise ValueError("its hash is wrong")
         if known["about"] != self._about:
-            raise InjectionError(f"the checkpoint in '{self.folder}' belongs to other weights, sentences or settings: "
-                                 "begin again with --restart")
+            raise ModelError(f"the checkpoint in '{self.folder}' belongs to other weights, sentences or settings: "
+                             "begin again with --restart")
         return known, load_file(place)
 
     def _restored(self, says: Path, rng: random.Random) -> Position:

@@ -12,7 +12,8 @@ from selfparam.store.directory import (
     read_record,
     unfinished_beside,
     write_model,
+    writing_beside,
 )
 
 __all__ = ["RECORD", "check_out", "history_of", "model_card", "number", "read_record", "unfinished_beside",
-           "write_model"]
+           "write_model", "writing_beside"]

@@ -11,13 +11,15 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfparam.disk import reason, sync
+from filelock import FileLock, Timeout
+
+from selfparam.disk import reason, remove, sync
 from selfparam.errors import ModelError, OutputError, SelfParamError, VerificationError
 from selfparam.types import Sentence
 
@@ -48,6 +50,8 @@ def check_out(out: str | Path, *, needed: int = 0, file: bool = False) -> None:
         if path.is_dir() and not file:
             if any(path.iterdir()):
                 raise OutputError(f"'{out}' exists and is not empty: choose another folder")
+            if path.samefile("."):
+                raise OutputError(f"'{out}' is the folder you are in: choose a new one inside it")
             if path.is_mount():
                 raise OutputError(f"'{out}' is a mount point: choose a new folder inside it")
         elif os.path.lexists(path):
@@ -68,6 +72,29 @@ def unfinished_beside(out: str | Path) -> Path:
     """Where the checkpoints of an injection into `out` live: a hidden folder beside it."""
     path = Path(out).resolve()
     return path.with_name(f".{path.name}.injection")
+
+
+@contextmanager
+def writing_beside(out: str | Path) -> Iterator[None]:
+    """Hold the lock of the injection into `out`, which is gone afterwards. Raises OutputError where another has it."""
+    place = unfinished_beside(out)
+    new = [folder for folder in place.parents if not folder.exists()]
+    path = place.with_suffix(".lock")
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0.2)
+    except Timeout as error:
+        raise OutputError(f"another process is injecting into '{out}': wait until it has finished, or choose another "
+                          "folder") from error
+    try:
+        yield
+    finally:
+        remove(path)  # while it is held: who waits for it sees that it is gone, and makes a new one
+        lock.release()
+        with suppress(OSError):  # unless something was written
+            for folder in new:
+                folder.rmdir()
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -138,6 +139,9 @@ class Store:
         """Raises StoreError: no store, a damaged one, or one of a later format."""
         path = Path(folder).resolve()
         if not is_store(path):
+            if (path / "config.json").is_file():
+                raise StoreError(f"'{folder}' is no store but a model directory: make a store of it with "
+                                 f"'selfparam init STORE --model {folder}'")
             raise StoreError(f"'{folder}' is no store: make one with 'selfparam init {folder} --model MODEL'")
         settings = _json(path / SETTINGS)
         version = settings.get("format")
@@ -167,6 +171,11 @@ class Store:
                 yield self
         finally:
             self.lock.release()
+
+    @property
+    def typed(self) -> str:
+        """Its path as one can type it here."""
+        return shlex.quote(os.path.relpath(self.path))
 
     # --- reading ------------------------------------------------------------------------------------------------
 

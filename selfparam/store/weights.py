@@ -161,11 +161,15 @@ def export_adapter(store: Store, snapshot: Snapshot, out: str | Path) -> int:
 
 
 def _scaled(store: Store, snapshot: Snapshot, scale: float) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    sha, _ = snapshot.files[ADAPTER]
-    return {name: weight * scale if ".lora_B." in name else weight
-            for name, weight in load_file(store.object(sha)).items()}
+    try:
+        weights = load_file(store.sound(snapshot, ADAPTER))
+    except SafetensorError as error:
+        raise StoreError(f"'{ADAPTER}' of snapshot {snapshot.id[:12]} is damaged ({reason(error)}): "
+                         "restore it from a copy") from error
+    return {name: weight * scale if ".lora_B." in name else weight for name, weight in weights.items()}
 
 
 def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
