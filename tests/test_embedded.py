@@ -43,4 +43,4 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace('"selfparam/', f'"{ROOT}/selfparam/'), "README.md", "exec"), {})
-    assert (tmp_path / "my-model" / "config.json").exists()
+    assert (tmp_path / "my-python-model" / "config.json").exists()
