@@ -71,13 +71,13 @@ def run_one(way: str, model: str, contexts: int, recipe: Recipe, score: bool) ->
     sets, questions = target_sets(lm, contexts)
     rows, prefixes = build_rows(lm, sets, recipe)
     teacher, epoch = needed(lm, rows, prefixes, recipe)
-    before = peak_memory_mb()
+    before = peak_memory_mb(lm.device)
     begin, cpu = time.perf_counter(), time.process_time()
     student, loss = WAYS[way](lm, sets, recipe)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     return {
         "seconds": round(seconds, 3), "cpu": round(cpu, 3), "loss": round(loss, 5),
-        "peak_mb": peak_memory_mb(), "start_mb": before,
+        "peak_mb": peak_memory_mb(lm.device), "start_mb": before,
         "tokens": recipe.epochs * sum(len(r.student) for r in rows), "flops": teacher + recipe.epochs * epoch,
         "f1": f1(lm, student, questions) if score else None, "sentences": len(rows),
         "tokens_per_context": sum(len(lm.encode(one.context.text)) for one in sets) / len(sets),

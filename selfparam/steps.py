@@ -438,12 +438,9 @@ def weight_bytes(lm: LM) -> int:
     return sum(p.numel() * p.element_size() for p in lm.model.parameters())
 
 
-def peak_memory_mb(device: torch.device | None = None) -> float | None:
-    """Largest memory of this process so far in MB: a GPU's where one is used, else the main memory's.
-
-    device: of the model (None: the first GPU, where there is one).
-    """
-    if device.type == "cuda" if device else torch.cuda.is_available():
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Largest memory of this process so far in MB: the GPU's where the model lies on one, else the main memory's."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":
         return None

@@ -178,6 +178,8 @@ def test_the_papers_tables_are_balanced_and_train_no_short_weights(path: Path) -
         (('label = "Knows"', 'label = "Base, Q"'), "two methods are called 'Base, Q'"),
         (('method = "knows"', 'method = "knows"\nmodels = ["large"]'), "no model is called 'large'"),
         (('method = "knows"', 'method = "knows"\nagainst = "me"'), "no method is called 'me'"),
+        (('method = "knows"', 'method = "selfparam"\nauthor = "oracle"\nrecipe = { from = "small", lr = -1.0 }'),
+         "the recipe's lr is -1.0: it must be above 0"),
         (("[[models]]", "[models]"), "no [[models]]: write at least one"),
         (("[data]", "[data"), "no TOML"),
     ],

@@ -112,7 +112,7 @@ def demo(machine: Json = False, seed: Seed = 0) -> None:
     sets = steps.with_unrelated(lm, sets, journal, source="self", ratio=None, recipe=recipe)
     exam = steps.exam_of("the questions above", questions, sets)
     done, drift = steps.run(lm, sets, recipe, [exam], journal)
-    memory = steps.peak_memory_mb()
+    memory = steps.peak_memory_mb(lm.device)
     if machine:
         _print_json({
             **exam.as_dict(), "drift": drift, "losses": done.trained.losses, "parameters": lm.parameters, "seed": seed,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from selfparam.errors import TableError
+from selfparam.errors import InjectionError, TableError
 from selfparam.methods.base import Base
 from selfparam.methods.bm25 import BM25
 from selfparam.methods.dpr import DPR
@@ -70,7 +70,10 @@ def make_recipe(given: str | Mapping[str, Any]) -> Recipe:
     if name not in RECIPES:
         raise TableError(f"recipe from '{name}': use one of {', '.join(RECIPES)}")
     check_options(Recipe, changes, "a recipe")
-    return RECIPES[name].but(**changes)
+    try:
+        return RECIPES[name].but(**changes)
+    except InjectionError as error:
+        raise TableError(str(error)) from error
 
 
 def check_options(kind: type[Any], given: Mapping[str, Any], who: str) -> None:
