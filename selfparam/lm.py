@@ -82,8 +82,8 @@ class LM:
             where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             wanted = ("float32" if where == "cpu" else "auto") if dtype == "auto" else dtype
             try:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    path, trust_remote_code=trust_remote_code, local_files_only=local
+                tokenizer = AutoTokenizer.from_pretrained(  # that of mistral-common cannot split special tokens
+                    path, trust_remote_code=trust_remote_code, local_files_only=local, mistral_format=False
                 )
                 model = AutoModelForCausalLM.from_pretrained(
                     path, dtype=wanted, trust_remote_code=trust_remote_code, local_files_only=local

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import normalizers
 from torch.nn import functional as F
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from selfparam.errors import InjectionError, ModelError, OutputError, StoppedError
 from selfparam.inject import inject, objective
@@ -168,6 +168,14 @@ def test_names_of_special_tokens_in_texts_are_words() -> None:
     assert lm.decode(lm.encode(hostile)) == hostile
     plain, mixed = ([*lm.prefix(text), *lm.sentence(Sentence(text, text, "x"))[0]] for text in ("ab", hostile))
     assert [i for i in mixed if i in special] == [i for i in plain if i in special] != []
+
+
+def test_the_tokenizer_of_mistral_common_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With that package and a tekken.json transformers would take it, and it refuses to split special tokens."""
+    load, given = AutoTokenizer.from_pretrained, []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path, **how: given.append(how) or load(path, **how))
+    tiny_lm("mistral").save(tmp_path)
+    assert LM.load(str(tmp_path)).encode("<|end|>") and given[0]["mistral_format"] is False
 
 
 def test_a_hybrid_template_does_not_think_and_one_without_the_words_is_refused() -> None:
