@@ -17,18 +17,20 @@ import pytest
 
 from selfparam import methods
 from selfparam.cli import main
+from selfparam.data.items import Item
 from selfparam.errors import InjectionError, TableError
 from selfparam.experiments import render, rows, run
-from selfparam.experiments.authors import with_mistakes
+from selfparam.experiments.authors import sets_by, with_mistakes
 from selfparam.experiments.figure import draw
 from selfparam.experiments.plan import Planned, parameters, plan
 from selfparam.experiments.run import run_table
-from selfparam.experiments.spec import Table, cells_of, read_table
+from selfparam.experiments.spec import AuthorSpec, Table, cells_of, read_table
 from selfparam.experiments.summary import blocks_of, bootstrap, retention
 from selfparam.lm import LM
 from selfparam.methods import Reader, Training
 from selfparam.methods.selfparam import SelfParam
 from selfparam.metrics.qa_f1 import qa_f1
+from selfparam.targets import LocalAuthor
 from selfparam.types import Context, Question, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
@@ -383,7 +385,7 @@ def test_stacked_rows_are_those_of_one_by_one(tmp_path: Path, model: str) -> Non
     table.results.unlink()
     told: list[str] = []
     assert run_table(table, stack=2, says=told.append).failed == 0
-    assert [t for t in told if "PARAM" in t or "FT" in t] == [
+    assert [t for t in told if ("PARAM" in t or "FT" in t) and "epoch" not in t] == [
         "SELF-PARAM 1, 2", "FT (C) 1, 2", "SELF-PARAM 3", "FT (C) 3"]
     for row, expected in zip(lines(table), alone, strict=True):
         assert row["kl"] == pytest.approx(expected["kl"], rel=1e-3)
@@ -589,6 +591,15 @@ def test_commands(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
     assert main(["run", str(tmp_path / "none.toml")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert table.results.exists()
+
+
+def test_an_author_tells_after_every_round_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalAuthor, "write", lambda self, contexts, *_: ["Q: Who? A: Ann\n"] * len(contexts))
+    items = [Item(Context(f"Ann lives in house {i}."), ()) for i in range(3)]
+    authors = {"own": AuthorSpec("local", pairs=2, rounds=2, checked=False)}
+    told: list[str] = []
+    sets_by("own", authors, tiny_lm(), items, 0, tmp_path, told.append)
+    assert told == [f"pairs by own: {kept} of 6 about 3 contexts" for kept in (0, 3, 3)]
 
 
 @pytest.mark.parametrize(("kind", "says"),

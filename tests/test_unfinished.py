@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ def test_one_call_goes_on_from_its_checkpoint(tmp_path: Path, model: str, monkey
     monkeypatch.setattr(Checkpoints, "after_step", counted)
     with pytest.raises(KeyboardInterrupt):
         run_table(cut)
-    run_table(cut)
+    said: list[str] = []
+    run_table(cut, says=said.append)
+    assert any(re.match(r"Ours 1: epoch 2 of 2, loss [\d.]+, about 0:00:00 left of it", line) for line in said)
     assert steps[3] in (2, 3, 4) and steps[3:] == list(range(steps[3], steps[-1] + 1))
     assert scores(cut) == scores(whole)
     assert not cut.results.with_suffix(".unfinished").exists()

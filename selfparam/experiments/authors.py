@@ -47,8 +47,11 @@ def sets_by(name: str, authors: dict[str, AuthorSpec], lm: LM, items: Sequence[I
     author = _author(spec, lm, seed)
 
     def make(contexts: Sequence[Context]) -> list[Written]:
-        says(f"pairs by {name}: {len(contexts)} contexts")
-        return write_pairs(contexts, author, pairs=spec.pairs, rounds=spec.rounds, strict=False)
+        def progress(kept: int, wanted: int) -> None:
+            says(f"pairs by {name}: {kept} of {wanted} about {len(contexts)} contexts")
+
+        progress(0, spec.pairs * len(contexts))
+        return write_pairs(contexts, author, pairs=spec.pairs, rounds=spec.rounds, strict=False, progress=progress)
 
     found = cached(cache, [item.context for item in items], author, spec.pairs, spec.rounds, make)
     sets = [TargetSet(item.context, sentences, (), author.id)

@@ -89,7 +89,7 @@ def sequential(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet], un
         along.append(lab.base)
     for start in range(at if before else 0, cell.n, size):
         done = min(start + size, cell.n)
-        unfinished.says(f"{cell.method.label} {cell.index + 1}: contexts {start + 1} to {done} of {cell.n}")
+        unfinished.says(f"contexts {start + 1} to {done} of {cell.n}")
         begin = time.perf_counter()
         whole = unfinished.options(method) if size == cell.n else {}
         reader = method.absorb(lab.lm, sets[start:done], after=reader, seed=table.seed, **whole)

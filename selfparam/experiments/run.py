@@ -166,7 +166,8 @@ def rows_of(table: Table, lab: Lab, jobs: Sequence[Job], says: Says = lambda tex
 def row_of(table: Table, lab: Lab, job: Job, says: Says) -> Row:
     """The row of one cell. What a method cannot do is a row with "error"; other errors end the run."""
     key = content_hash(job.cell.id, lab.model_hash, data_hash(table, lab, job.cell))
-    unfinished = Unfinished(table.results.with_suffix(".unfinished") / key, says)
+    unfinished = Unfinished(table.results.with_suffix(".unfinished") / key,
+                            lambda text: says(f"{job.cell.method.label} {job.cell.index + 1}: {text}"))
     try:
         scores = PROTOCOLS[table.protocol](lab, table, job.cell, job.sets, unfinished)
     except (AuthorError, TableError):

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,19 @@ class Unfinished:
         self._saved = time.monotonic()
 
     def options(self, method: Method) -> dict[str, Any]:
-        """For the one call of `absorb` that takes in everything: its checkpoints, where the method trains."""
+        """For the one call of `absorb` that takes in everything: its checkpoints and progress, where the method trains.
+        """
         if not isinstance(method, Training):
             return {}
-        return {"checkpoints": Checkpoints(self.folder / "training", every=EVERY, note=self.says)}
+        last = time.monotonic()
+
+        def progress(epoch: int, epochs: int, loss: float) -> None:
+            nonlocal last
+            took, last = time.monotonic() - last, time.monotonic()
+            left = timedelta(seconds=round(took * (epochs - epoch)))
+            self.says(f"epoch {epoch} of {epochs}, loss {loss:.3f}, about {left} left of it")
+
+        return {"checkpoints": Checkpoints(self.folder / "training", every=EVERY, note=self.says), "progress": progress}
 
     def keep(self, reader: Reader, done: int, scores: dict[str, Any]) -> None:
         """What a sequence is after `done` contexts, if the last time is long enough ago."""

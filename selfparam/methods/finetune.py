@@ -12,6 +12,7 @@ from typing import Literal
 
 from selfparam.inject import inject
 from selfparam.inject.checkpoint import Checkpoints
+from selfparam.inject.loop import EpochProgress
 from selfparam.inject.stack import refusal
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
@@ -44,12 +45,12 @@ class FineTune:
         return not refusal(self.recipe)
 
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0,
-               checkpoints: Checkpoints | None = None) -> Reader:
+               checkpoints: Checkpoints | None = None, progress: EpochProgress | None = None) -> Reader:
         start = after.lm if after else lm
         chosen = self._chosen(start, sets, seed)
         if not chosen:
             return Memory(start, UNTRAINED)
-        return Memory(inject(start, chosen, self._recipe(seed), checkpoints=checkpoints).lm)
+        return Memory(inject(start, chosen, self._recipe(seed), checkpoints=checkpoints, progress=progress).lm)
 
     def absorb_each(self, lm: LM, sets: Sequence[TargetSet], *, seed: int = 0) -> Iterator[Reader]:
         return memories(lm, sets, lambda one: self._chosen(lm, [one], seed), self._recipe(seed))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from selfparam.inject.checkpoint import Checkpoints
+from selfparam.inject.loop import EpochProgress
 from selfparam.lm import LM
 from selfparam.types import Question, Recipe, TargetSet
 
@@ -66,7 +67,7 @@ class Training(Protocol):
     def recipe(self) -> Recipe: ...
 
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0,
-               checkpoints: Checkpoints | None = None) -> Reader: ...
+               checkpoints: Checkpoints | None = None, progress: EpochProgress | None = None) -> Reader: ...
 
 
 @runtime_checkable

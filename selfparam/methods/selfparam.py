@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from selfparam.inject import inject, precision
 from selfparam.inject.checkpoint import Checkpoints
 from selfparam.inject.curvature import Curvature
+from selfparam.inject.loop import EpochProgress
 from selfparam.inject.stack import refusal
 from selfparam.lm import LM
 from selfparam.methods.protocol import Reader
@@ -60,7 +61,7 @@ class SelfParam:
         return not refusal(self.recipe) and self.keep == "nothing"
 
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0,
-               checkpoints: Checkpoints | None = None) -> Reader:
+               checkpoints: Checkpoints | None = None, progress: EpochProgress | None = None) -> Reader:
         start = after.lm if after else lm
         first = after is not None and self.teacher == "first"
         chosen = self._chosen(lm if first else start, sets, seed)
@@ -75,7 +76,7 @@ class SelfParam:
                                           temperature=self.recipe.rehearsal_temperature)
         recipe = held_for(start, chosen, self.recipe)[0] if curvature else self.recipe
         done = inject(start, chosen, recipe.but(seed=seed), teacher=lm if first else None, curvature=curvature,
-                      checkpoints=checkpoints)
+                      checkpoints=checkpoints, progress=progress)
         if self.keep == "pairs":
             kept += own
         notes = (f"{done.curvature.numbers / 1e6:.1f} million numbers of curvature are kept from step to step, "
