@@ -48,6 +48,10 @@ def draw(table: Table, rows: Mapping[str, Row], path: str | Path) -> None:
         _curves(axes[2 * line, column], label, found)
         image = _matrix(axes[2 * line + 1, column], found)
     figure.colorbar(image, ax=list(axes[1]), label="F1")
+    legend: dict[str, Any] = {}
+    for axis in axes[::2].flat:
+        legend |= {str(line.get_label()): line for line in axis.get_lines()}
+    figure.legend(list(legend.values()), list(legend), loc="outside upper center", ncols=len(legend))
     try:
         figure.savefig(path, dpi=80, metadata={"Date": None} if str(path).endswith(".svg") else None)
     except (OSError, ValueError) as error:
@@ -68,20 +72,21 @@ def _panels(table: Table, rows: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
 def _curves(axis: Any, label: str, found: dict[str, Any]) -> None:
     steps, matrix = found["steps"], found["matrix"]
     if matrix.shape[1] <= EACH:
-        axis.plot(steps, matrix, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axis.plot(steps, matrix.mean(axis=1), color="tab:blue", linewidth=2, label="all contexts")
+        axis.plot(steps, matrix, color="tab:blue", alpha=0.25, linewidth=0.8, label="each context")
+    axis.plot(steps, matrix.mean(axis=1), color="tab:blue", linewidth=2, label="mean of all contexts")
     so_far = [(s, matrix[k, :s].mean()) for k, s in enumerate(steps) if s]
-    axis.plot(*zip(*so_far, strict=True), color="tab:orange", linewidth=2, label="injected so far")
+    axis.plot(*zip(*so_far, strict=True), color="tab:orange", linewidth=2, label="mean of those injected so far")
     if found["base"] is not None:
         axis.axhline(found["base"], color="black", linestyle="--", linewidth=1, label="base")
     axis.set(title=fill(f"{label} (n = {found['sequences']})", 36), xlabel="injections", ylabel="F1", ylim=(0, 1))
-    axis.legend(fontsize="small")
 
 
 def _matrix(axis: Any, found: dict[str, Any]) -> Any:
     """Retention: context (row) after how many injections (column)."""
     matrix = np.asarray(found["matrix"]).T
-    image = axis.imshow(matrix, vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="nearest")
+    image = axis.imshow(matrix, vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="nearest",
+                        extent=(-0.5, matrix.shape[1] - 0.5, 0.5, len(matrix) + 0.5))
     axis.set(xlabel="injections", ylabel="context")
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_xticks(range(len(found["steps"])), [str(s) for s in found["steps"]], fontsize="x-small")
     return image
