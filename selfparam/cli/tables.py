@@ -29,8 +29,8 @@ def run(
     stack: Annotated[int, typer.Option(min=1, help="Contexts of the protocol single that are trained together, where "
                                                    "the method can; memory grows with it.")] = 8,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; load nothing.")] = False,
-    tflops: Annotated[float, typer.Option(min=0.001, help="For --dry-run: operations a second (in 10^12) that the "
-                                                          "machine really does.")] = 50.0,
+    tflops: Annotated[float | None, typer.Option(min=0.001, show_default="measured here", help=(
+        "For --dry-run: operations a second (in 10^12) of the machine it will run on."))] = None,
     machine: Json = False,
 ) -> None:
     """Run what is missing of a table; rows go to results/ beside the folder of the table.
@@ -44,8 +44,9 @@ def run(
 
     found = read_table(table)
     if dry_run:
-        from selfparam.experiments.plan import plan
+        from selfparam.experiments.plan import plan, speed
 
+        tflops = tflops or speed()
         _show_plan(plan(found, read_rows(found.results), tflops), tflops, machine)
         return
     from selfparam.experiments.run import run_table
@@ -121,6 +122,6 @@ def _show_plan(lines: list[Planned], tflops: float, machine: bool) -> None:
         gb = "unknown" if line.memory_gb is None else f"{line.memory_gb:.1f}"
         hours = "unknown" if line.seconds is None else f"{line.seconds / 3600:.2f}"
         shown.add_row(plain(line.model), plain(line.method), str(line.n), str(line.cells), str(line.missing), gb, hours,
-                      "rows" if line.measured else f"{tflops:g} TFLOP/s")
+                      "rows" if line.measured else f"{tflops:.2g} TFLOP/s")
     total = sum(line.seconds or 0.0 for line in lines) / 3600
     output().print(shown, f"{sum(line.missing for line in lines)} cells to run, about {total:.2f} hours on one worker")

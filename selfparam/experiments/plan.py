@@ -6,15 +6,18 @@ for reading and writing. Where rows of a method exist, their seconds are used in
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from selfparam.experiments.rows import Row
 from selfparam.experiments.spec import Cell, MethodSpec, ModelSpec, Table, cells_of
+from selfparam.inject.trainable import multiplies_bf16
 from selfparam.methods import Method, Training
 from selfparam.methods.infllm import InfLLM
 from selfparam.methods.memoryllm import MemoryLLM
@@ -24,6 +27,21 @@ from selfparam.types import Recipe
 CONTEXT_TOKENS, SENTENCE_TOKENS, QUESTIONS, PROMPT_TOKENS = 500, 30, 2.25, 60
 REQUESTS, PER_PERSON = {"inspired": 250, "redial": 4_500}, 4  # about as many as the paper's targets; films
 MLP_SHARE, OSF_SHARE, LORA_SHARE = 0.6, 0.5, 0.003  # of the parameters that are trained
+REACHED = 0.4  # of a matrix product's speed, by training (docs/LOG.md)
+
+
+def speed() -> float:
+    """Operations a second (10¹²) that training would do here and now, with half a second of matrix products."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    side = 8192 if device.type == "cuda" else 1024
+    kind = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    a = torch.ones(side, side, device=device, dtype=kind)
+    products, begin = -1, 0.0
+    while products < 1 or time.perf_counter() - begin < 0.5:
+        float((a @ a)[0, 0])  # waits for it
+        products += 1
+        begin = begin if products else time.perf_counter()  # the first one is not counted
+    return REACHED * products * 2 * side**3 / (time.perf_counter() - begin) / 1e12
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ def asked(table: Table, made: Method, n: int) -> float:
     if table.protocol == "recommend":
         requests = int(table.data.get("requests") or REQUESTS.get(str(table.data.get("kind")), PER_PERSON * n))
         return once + requests * (CONTEXT_TOKENS + front + table.recommend.tokens)
-    times = n if table.protocol == "sequential" else 1
+    times = len(table.ask_at) or n // table.per_step if table.protocol == "sequential" else 1
     return once + times * n * QUESTIONS * (PROMPT_TOKENS + front)
 
 
