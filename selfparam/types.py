@@ -108,6 +108,7 @@ class Recipe:
     most_batch_tokens  an epoch of more than 32 steps takes larger ones instead, up to so many tokens; 0: it does not
     retention          how strongly the last hidden states of earlier injections' sentences are held where they were, in
                        an injection after others (inject/curvature.py); 0: they are not
+    known              with retention: so many sentences that the model writes before a first injection are held, too
     rehearsal          at most so many sentences from memory, in an injection after others (targets/rehearsal.py)
     rehearsal_temperature   of their questions; answers are the most likely ones
     top_k              what is kept of the teacher: 0 its last hidden states (the exact KL over the vocabulary); k the
@@ -139,6 +140,7 @@ class Recipe:
     unrelated_weight: float = 1.0
     unrelated_share: float = 1.0
     retention: float = 0.0
+    known: int = 0
     rehearsal: int = 0
     rehearsal_temperature: float = 1.0
     top_k: int = 0

@@ -17,6 +17,7 @@ from selfparam.inject.teacher import teacher_states
 from selfparam.inject.trainable import layer_linears, make_trainable
 from selfparam.lm import LM, Conv1D
 from selfparam.methods import make_method
+from selfparam.targets.unrelated import own_sentences
 from selfparam.types import SMALL, SMALL_SEQUENTIAL, Context, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
@@ -248,3 +249,46 @@ def test_a_fold_carries_it_and_stores_no_text() -> None:
     assert all(torch.equal(a, b) for a, b in zip(two.lm.model.parameters(), by_hand.model.parameters(), strict=True))
     assert method.absorb(lm, [TargetSet(X, ())], after=two).curvature is two.curvature
     assert SMALL_SEQUENTIAL.retention > 0 == SMALL.retention
+
+
+def test_what_the_model_writes_itself_is_held_from_the_first_injection_on() -> None:
+    lm = tiny_lm()
+    known = (Sentence("Who rows the boat?", "Ann Lee"), Sentence("", "The mill stands by the river."))
+    own = TargetSet(Context(""), (), known)
+    rows, prefixes = build_rows(lm, [own], SMALL)
+    empty = [lm.prefix(None)] * len(prefixes)
+    before = teacher_states(lm, rows, empty)
+
+    def moved(strength: float) -> tuple[float, Any]:
+        done = inject(lm, [SET], EXACT.but(retention=strength), known=known)
+        return float((teacher_states(done.lm, rows, empty) - before).square().sum()), done.curvature
+
+    free, much = moved(1e-9), moved(1e3)
+    assert much[0] < 0.2 * free[0]
+    assert moved(0.0)[1] is None
+    learned = sum(r.scored for r in rows_of(lm))
+    assert much[1].scored == 2 * learned  # the set's pairs, and known sentences that weigh as much
+    held = moments_of(measure(lm, rows, EXACT.seed).weighing(learned))
+    found = moments_of(free[1])
+    assert all(float((found[n] - m).trace()) > 0 for n, m in held.items())
+    again = inject(lm, [SET], EXACT.but(retention=1.0), curvature=much[1])  # the curvature has them already
+    both = inject(lm, [SET], EXACT.but(retention=1.0), curvature=much[1], known=known)
+    assert again.trained.losses == both.trained.losses
+
+
+@pytest.mark.parametrize("known", [0, 4])
+def test_a_recipe_asks_for_what_the_model_knows_once(monkeypatch: pytest.MonkeyPatch, known: int) -> None:
+    lm, asked = tiny_lm(), []
+    recipe = {"from": "small", "epochs": 1, "retention": 1.0, "known": known, "precision": "fp32"}
+    module = importlib.import_module("selfparam.methods.selfparam")
+
+    def sentences(given: LM, recipe: Any) -> list[Sentence]:
+        found = own_sentences(given, recipe)
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr(module, "own_sentences", sentences)
+    method = make_method("selfparam", {"recipe": recipe, "ratio": 0.0})
+    reader = method.absorb(lm, [SET])
+    reader = method.absorb(lm, [OTHER], after=reader)
+    assert len(asked) == 1 and (asked[0] > 0) == (known > 0)

@@ -243,6 +243,7 @@ def _without_defaults(given: dict[str, Any]) -> dict[str, Any]:
     if recipe := given.get("recipe"):
         off = ["rehearsal", "rehearsal_temperature"] if not recipe["rehearsal"] else []
         off += ["retention"] if not recipe["retention"] else []
+        off += ["known"] if not (recipe["known"] and recipe["retention"]) else []
         off += ["unrelated_share"] if recipe["unrelated_share"] == 1 else []
         off += ["most_batch_tokens"] if recipe["most_batch_tokens"] <= recipe["batch_tokens"] else []
         given = {**given, "recipe": {k: v for k, v in recipe.items() if k not in off}}

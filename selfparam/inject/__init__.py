@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from selfparam.errors import InjectionError, VerificationError
 from selfparam.inject.checkpoint import Checkpoints
 from selfparam.inject.curvature import Curvature, Held, measure
-from selfparam.inject.loop import EpochProgress, Trained, line_width, train
+from selfparam.inject.loop import EpochProgress, Trained, line_width, scored_in_epoch, train
 from selfparam.inject.memory import CACHE_BYTES, Kept, Tensors
 from selfparam.inject.objective import Target, Words, kl_tokens
 from selfparam.inject.pairs import Row, build_rows, pack
@@ -28,7 +28,7 @@ from selfparam.inject.sharded import is_sharded, replicate
 from selfparam.inject.teacher import as_target, check_head, check_rows, head_of, teacher_targets
 from selfparam.inject.trainable import lean, make_trainable, multiplies_bf16
 from selfparam.lm import LM
-from selfparam.types import Recipe, TargetSet
+from selfparam.types import Context, Recipe, Sentence, TargetSet
 
 #: Largest mean KL (nats per token) between the trained student and its merged weights.
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -76,6 +76,7 @@ def inject(
     *,
     teacher: LM | None = None,
     curvature: Curvature | None = None,
+    known: Sequence[Sentence] = (),
     progress: EpochProgress | None = None,
     teacher_progress: Callable[[int, int], None] | None = None,
     in_place: bool = False,
@@ -88,7 +89,8 @@ def inject(
 
     lm stays as it is unless in_place (saves one copy of the weights). teacher: another θ to read x than lm itself (in a
     sequence of injections, the first one, with the same output head); what is rehearsed is always lm's own.
-    curvature: of the injections before, which the recipe's retention holds.
+    curvature: of the injections before, which the recipe's retention holds. known: where there is none, sentences of
+    the model's own (targets.unrelated.sampled): it holds them from here on, together as firmly as an epoch is learned.
     checkpoints: where to save and continue. cache_bytes: the teacher's targets may take so much memory (the device's,
     where there is one); more goes to a file under TMPDIR. accelerator: share the work among its processes, which all
     call this with the same arguments and get the same θ'. lm may be cut over them (sharded.py).
@@ -131,6 +133,9 @@ def inject(
         begin = clock(student.device)
         if checkpoints:
             checkpoints.about(student.model, rows, recipe)
+        if known and recipe.retention and not curvature:
+            own, _ = build_rows(lm, [TargetSet(Context(""), (), tuple(known))], recipe)
+            curvature = measure(student, own, recipe.seed).weighing(scored_in_epoch(rows, recipe))
         targets: Target
         if recipe.objective == "kl":
 

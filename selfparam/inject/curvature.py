@@ -50,6 +50,11 @@ class Curvature:
         """How many numbers that is."""
         return sum(f.numel() for f in self.directions.values())
 
+    def weighing(self, scored: float) -> Curvature:
+        """The same, weighing as much as so many scored tokens."""
+        factor = (scored / self.scored) ** 0.5
+        return Curvature({name: factor * f for name, f in self.directions.items()}, round(scored))
+
     def save(self, path: Path) -> None:
         """As safetensors, float32."""
         save_file({name: f.cpu().contiguous() for name, f in self.directions.items()}, path,

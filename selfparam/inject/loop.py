@@ -161,6 +161,11 @@ def check_finite(value: float, norm: float, epoch: int, recipe: Recipe) -> None:
             )
 
 
+def scored_in_epoch(rows: Sequence[Row], recipe: Recipe) -> float:
+    """Scored tokens of one epoch on the rows."""
+    return sum(r.scored * (1 if r.related else recipe.unrelated_share) for r in rows)
+
+
 def train(
     lm: LM,
     model: Any,
@@ -184,7 +189,7 @@ def train(
     rng, student = random.Random(recipe.seed), _Student(lm, model, rows, targets, accelerator)
     learned, held_out = divided(rows, recipe)
     in_epoch = [rows[i] for i in learned]
-    scored = sum(r.scored * (1 if r.related else recipe.unrelated_share) for r in in_epoch)
+    scored = scored_in_epoch(in_epoch, recipe)
     at = checkpoints.begin(parameters, optimizers, rng) if checkpoints else Position()
     steps = at.step - at.place + count_steps(in_epoch, recipe, rng, at.epoch)
     model.train()

@@ -22,7 +22,7 @@ from selfparam.methods.readers import Memory, tokens
 from selfparam.methods.stacked import UNTRAINED, memories
 from selfparam.targets.corrections import held_for
 from selfparam.targets.rehearsal import add_rehearsed
-from selfparam.targets.unrelated import add_unrelated
+from selfparam.targets.unrelated import add_unrelated, own_sentences
 from selfparam.types import PAPER, Recipe, Sentence, TargetSet
 
 
@@ -75,8 +75,9 @@ class SelfParam:
                 chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
                                           temperature=self.recipe.rehearsal_temperature)
         recipe = held_for(start, chosen, self.recipe)[0] if curvature else self.recipe
+        known = own_sentences(start, recipe.but(seed=seed)) if after is None else []
         done = inject(start, chosen, recipe.but(seed=seed), teacher=lm if first else None, curvature=curvature,
-                      checkpoints=checkpoints, progress=progress)
+                      known=known, checkpoints=checkpoints, progress=progress)
         if self.keep == "pairs":
             kept += own
         notes = (f"{done.curvature.numbers / 1e6:.1f} million numbers of curvature are kept from step to step, "

@@ -20,7 +20,7 @@ from typing import Literal
 from selfparam.data.slots import Slots
 from selfparam.errors import TargetError
 from selfparam.lm import LM
-from selfparam.types import Sentence, TargetSet
+from selfparam.types import Recipe, Sentence, TargetSet
 
 SLIMPAJAMA = "cerebras/SlimPajama-627B"
 POOL = 5_000  # passages that are read of it at a time
@@ -105,6 +105,11 @@ def sampled(lm: LM, n: int, *, seed: int = 0, temperature: float = 1.0) -> list[
     texts = lm.generate([lm.bos] * rest, max_new_tokens=60, temperature=temperature, seed=seed + 2)
     found += [Sentence("", t.strip()) for t in texts if len(t.strip()) >= 20]
     return found
+
+
+def own_sentences(lm: LM, recipe: Recipe) -> list[Sentence]:
+    """What inject() takes as `known`: sentences that the model writes before a first injection, if the recipe asks."""
+    return sampled(lm, recipe.known, seed=recipe.seed) if recipe.retention and recipe.known else []
 
 
 def answered(lm: LM, questions: Sequence[str], *, seed: int = 0, temperature: float = 1.0) -> list[Sentence]:
