@@ -289,6 +289,7 @@ def test_a_recipe_asks_for_what_the_model_knows_once(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(module, "own_sentences", sentences)
     method = make_method("selfparam", {"recipe": recipe, "ratio": 0.0})
+    assert getattr(method, "stacks") == (not known)  # noqa: B009 (only some methods can)
     reader = method.absorb(lm, [SET])
     reader = method.absorb(lm, [OTHER], after=reader)
     assert len(asked) == 1 and (asked[0] > 0) == (known > 0)

@@ -58,7 +58,8 @@ class SelfParam:
 
     @property
     def stacks(self) -> bool:
-        return not refusal(self.recipe) and self.keep == "nothing"
+        known = self.recipe.known and self.recipe.retention  # nothing of it reaches a stack
+        return not refusal(self.recipe) and self.keep == "nothing" and not known
 
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0,
                checkpoints: Checkpoints | None = None, progress: EpochProgress | None = None) -> Reader:
