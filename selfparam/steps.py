@@ -46,7 +46,7 @@ from selfparam.targets import (
 from selfparam.targets.corrections import held_for
 from selfparam.targets.files import text_of
 from selfparam.targets.rehearsal import add_rehearsed
-from selfparam.targets.unrelated import NEIGHBOUR_SHARE, RATIO, add_unrelated, packaged
+from selfparam.targets.unrelated import NEIGHBOUR_SHARE, RATIO, add_unrelated, own_sentences, packaged
 from selfparam.types import (
     FAST,
     PAPER,
@@ -230,7 +230,7 @@ def lighter(lm: LM, sets: Sequence[TargetSet], recipe: Recipe, journal: Journal)
         found, corrections = held_for(lm, sets, recipe)
     for one in corrections:
         journal.note(f"'{one.context.title or one.context.source}' tells some of what the model knows otherwise: "
-                     f"earlier documents are held less (retention {found.retention:g})")
+                     f"what it learned before is held less (retention {found.retention:g})")
     return found
 
 
@@ -352,13 +352,18 @@ def run(lm: LM, sets: Sequence[TargetSet], recipe: Recipe, exams: Sequence[Exam]
         curvature: Curvature | None = None) -> tuple[Injection, float]:
     """Ask, inject in place (lm becomes θ'), ask again; answers go into the exams. Returns the injection and drift.
 
-    first: θ before all injections, where it teaches all but what is rehearsed. curvature: of the injections before.
+    first: θ before all injections, where it teaches all but what is rehearsed. curvature: of the injections before;
+    where there is none, the model writes what it knows, if the recipe asks for that.
     """
     for exam in exams:
         exam.before = _ask(lm, exam, "asking without the documents", journal)
         exam.with_context = _ask_with_context(lm, exam, journal)
     with journal.step("measuring the model as it is"):
         before = reference(lm, [Sentence("", text) for text in packaged("held-out")[:HELD_OUT_PASSAGES]])
+    known: list[Sentence] = []
+    if recipe.retention and recipe.known and not curvature:
+        with journal.step("writing what it knows"):
+            known = own_sentences(lm, recipe)
     with journal.step("reading (teacher)" if recipe.objective == "kl" else "training") as bar:
 
         def on_teacher(done: int, total: int) -> None:
@@ -370,7 +375,7 @@ def run(lm: LM, sets: Sequence[TargetSet], recipe: Recipe, exams: Sequence[Exam]
             bar(epoch, epochs)
             bar.says(f"training (loss {loss:.3f})")
 
-        done = inject(lm, sets, recipe, teacher=first, curvature=curvature, progress=on_epoch,
+        done = inject(lm, sets, recipe, teacher=first, curvature=curvature, known=known, progress=on_epoch,
                       teacher_progress=on_teacher, in_place=True, keep_adapter=adapter, checkpoints=checkpoints)
     with journal.step("measuring drift"):
         moved = drift(before, done.lm)

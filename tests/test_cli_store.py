@@ -145,6 +145,27 @@ def test_a_correction_is_held_less(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert code == 0 and json.loads(out)["recipe"]["retention"] == 0.7, err
 
 
+def test_what_the_model_knew_is_held_from_the_first_injection_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(run)
+    before = store.head
+    known: list[int] = []
+    inject = steps.inject
+
+    def seen(*given: Any, **options: Any) -> Any:
+        known.append(len(options["known"]))
+        return inject(*given, **options)
+
+    monkeypatch.setattr(steps, "inject", seen)
+    assert learn(run, "lamp")[0] == 0 and learn(run, "boat")[0] == 0
+    assert 0 < known[0] <= SMALL_SEQUENTIAL.known and known[1] == 0
+    assert run("checkout", "st", str(before))[0] == 0
+    monkeypatch.setattr(corrections, "corrects", lambda lm, one: True)
+    code, out, err = learn(run, "lamp", "--json")  # corrects what was known before all injections
+    assert code == 0 and json.loads(out)["recipe"]["retention"] < SMALL_SEQUENTIAL.retention, err
+    assert run("checkout", "st", str(before))[0] == 0
+    assert learn(run, "lamp", "--retention", "0")[0] == 0 and known[2] > 0 == known[3]
+
+
 def test_a_model_without_curvature_rehearses(run: Run) -> None:
     store = make(run)
     assert learn(run, "lamp", "--retention", "0")[0] == 0

@@ -98,7 +98,7 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,
     )
     sets, _ = steps.without_questions(sets, [*asked, *probes], journal)
-    if start.curvature and wish.changes["retention"] is None:
+    if (start.curvature or recipe.known) and wish.changes["retention"] is None:
         recipe = steps.lighter(lm, sets, recipe, journal)
     sets = steps.with_unrelated(
         start.first or lm, sets, journal, source=wish.unrelated, ratio=wish.ratio, recipe=recipe)

@@ -75,8 +75,8 @@ class SelfParam:
             with precision(start, self.recipe):
                 chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
                                           temperature=self.recipe.rehearsal_temperature)
-        recipe = held_for(start, chosen, self.recipe)[0] if curvature else self.recipe
-        known = own_sentences(start, recipe.but(seed=seed)) if after is None else []
+        known = own_sentences(start, self.recipe.but(seed=seed)) if after is None else []
+        recipe = held_for(start, chosen, self.recipe)[0] if curvature or known else self.recipe
         done = inject(start, chosen, recipe.but(seed=seed), teacher=lm if first else None, curvature=curvature,
                       known=known, checkpoints=checkpoints, progress=progress)
         if self.keep == "pairs":
