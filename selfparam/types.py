@@ -196,7 +196,7 @@ SMALL = Recipe(
 )
 #: For one injection after another into such a model: what was learned before is held (inject/curvature.py), and what
 #: it knew before the first.
-SMALL_SEQUENTIAL = SMALL.but(epochs=14, lora_rank=64, retention=0.2, known=100, unrelated_share=0.5)
+SMALL_SEQUENTIAL = SMALL.but(epochs=14, lora_rank=64, retention=0.1, known=100, unrelated_share=0.5)
 #: The same where only the weights are at hand: what the model writes from memory holds what it has learned. All tokens
 #: of a pair are trained, questions too: a model rehearses only what it would ask by itself.
 SMALL_REHEARSAL = SMALL.but(rehearsal=500, loss_on="pair", unrelated_share=0.5)

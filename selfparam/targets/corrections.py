@@ -13,7 +13,7 @@ from selfparam.metrics.qa_f1 import tokens
 from selfparam.types import Recipe, TargetSet
 
 KNOWN = 0.4  # share of the pairs, from which on the subject is known: new contexts have .0 to .2, known ones .6 to .8
-LIGHTER = 0.1  # of the recipe's retention, for a correction
+LIGHTER = 0.02  # retention, at most, for a correction
 
 
 def corrects(lm: LM, one: TargetSet) -> bool:
@@ -27,4 +27,4 @@ def corrects(lm: LM, one: TargetSet) -> bool:
 def held_for(lm: LM, sets: Sequence[TargetSet], recipe: Recipe) -> tuple[Recipe, list[TargetSet]]:
     """The recipe, with less retention where sets are corrections, and those sets."""
     found = [one for one in sets if corrects(lm, one)] if recipe.retention else []
-    return recipe.but(retention=LIGHTER * recipe.retention) if found else recipe, found
+    return recipe.but(retention=min(LIGHTER, recipe.retention)) if found else recipe, found
