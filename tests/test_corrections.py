@@ -47,7 +47,7 @@ def test_a_known_subject_with_something_else_about_it(memory: list[str], expecte
     assert corrects(lm, SET) is expected
     recipe, found = held_for(lm, [SET], SMALL_SEQUENTIAL)
     assert found == ([SET] if expected else [])
-    assert recipe.retention == SMALL_SEQUENTIAL.retention * (LIGHTER if expected else 1)
+    assert recipe.retention == (LIGHTER if expected else SMALL_SEQUENTIAL.retention)
     assert held_for(lm, [SET], SMALL) == (SMALL, [])  # nothing is held: nothing is asked
 
 

@@ -157,8 +157,8 @@ def inject(
         help="kl: SELF-PARAM; next-word: plain fine-tuning on the same sentences.")] = None,
     retention: Annotated[float | None, typer.Option(
         min=0.0, callback=stores.finite, show_default=False,
-        help="Stores: how strongly what was injected before is held; 0: not at all. Not given: "
-             f"{SMALL_SEQUENTIAL.retention:g} for small models (a tenth for a document that corrects what the model "
+        help="Stores: how strongly what the model learned before is held; 0: not at all. Not given: "
+             f"{SMALL_SEQUENTIAL.retention:g} for small models (less for a document that corrects what the model "
              "knows), else 0.")] = None,
     rehearsal: Annotated[int | None, typer.Option(
         min=0, help="At most so many sentences that the model writes from memory, where something was injected "
