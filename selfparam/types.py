@@ -109,6 +109,7 @@ class Recipe:
     retention          how strongly the last hidden states of earlier injections' sentences are held where they were, in
                        an injection after others (inject/curvature.py); 0: they are not
     known              with retention: so many sentences that the model writes before a first injection are held, too
+                       (in Python: inject(…, known=own_sentences(lm, recipe)), of targets/unrelated.py)
     rehearsal          at most so many sentences from memory, in an injection after others (targets/rehearsal.py)
     rehearsal_temperature   of their questions; answers are the most likely ones
     top_k              what is kept of the teacher: 0 its last hidden states (the exact KL over the vocabulary); k the
