@@ -108,8 +108,9 @@ class Recipe:
     most_batch_tokens  an epoch of more than 32 steps takes larger ones instead, up to so many tokens; 0: it does not
     retention          how strongly the last hidden states of earlier injections' sentences are held where they were, in
                        an injection after others (inject/curvature.py); 0: they are not
-    known              with retention: so many sentences that the model writes before a first injection are held, too
-                       (in Python: inject(…, known=own_sentences(lm, recipe)), of targets/unrelated.py)
+    known              with retention: so many sentences that the model writes before a first injection are held, in
+                       that one, too (in Python: inject(…, known=own_sentences(lm, recipe)), of targets/unrelated.py;
+                       without them nothing is held in the first)
     rehearsal          at most so many sentences from memory, in an injection after others (targets/rehearsal.py)
     rehearsal_temperature   of their questions; answers are the most likely ones
     top_k              what is kept of the teacher: 0 its last hidden states (the exact KL over the vocabulary); k the
