@@ -2,7 +2,8 @@
 
 `python -m tests.crash_server` reads one JSON object a line and answers {"pid"} and then {"status", "events"}. A child
 can be told to kill itself (SIGKILL) just before its n-th touch of a file below a folder, as Python's audit hooks see
-them: open, rename, remove, mkdir, symlink and so on, or to have no room for files beyond some size.
+them: open, rename, remove, mkdir, symlink and so on, or before a certain touch, or to have no room for files beyond
+some size.
 Refuses to know what the commands do.
 """
 
@@ -39,6 +40,15 @@ def watch(folder: str, kill_at: int, report: Path) -> None:
     sys.addaudithook(hook)
 
 
+def die_before(touch: str, path: str) -> None:
+    """Die just before an audit event (os.remove, shutil.rmtree) of one path."""
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == touch and str(args[0]) == path:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
 def child(order: dict[str, Any]) -> int:
     from selfparam.cli import main
 
@@ -50,6 +60,8 @@ def child(order: dict[str, Any]) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["fsize"], order["fsize"]))
     if "watch" in order:
         watch(order["watch"] + "/", order.get("kill_at", 0), Path(order["log"] + ".events"))
+    if "die_before" in order:
+        die_before(*order["die_before"])
     return main(order["arguments"])
 
 

@@ -221,6 +221,30 @@ def test_init_killed(server: Server) -> None:
         assert Store.open(server.folder / "new").verify() == []
 
 
+@pytest.mark.parametrize("touch, of", [("os.remove", "job.json"), ("shutil.rmtree", "")])
+def test_killed_while_the_finished_job_is_dropped(server: Server, taught: str, touch: str, of: str) -> None:
+    """The texts that are in it do not stay behind."""
+    path = fresh(server, "empty", "one")
+    at = (touch, str(path / "work" / "injection" / of))
+    assert server.run("inject", "one", *INJECT, die_before=at) == -signal.SIGKILL
+    assert Store.open(path).head != Store.open(path).lineage()[0].id
+    assert (path / "work" / "injection" / "sets.jsonl").exists()
+    finish(server, path, taught)
+
+    beside, arguments = server.folder / ".late.injection", ("inject", "tiny", *INJECT, "--out", "late")
+    assert server.run(*arguments, die_before=(touch, str(beside / of))) == -signal.SIGKILL
+    written = (server.folder / "late" / "model.safetensors").read_bytes()
+    assert (beside / "sets.jsonl").exists()
+    for again in (arguments, (*arguments, "--restart")):
+        assert server.run(*again) == 2
+        assert "'late' exists and is not empty" in server.said
+    if (beside / "job.json").exists():
+        assert server.run("inject", "tiny", "--resume", "--out", "late") == 0, server.said
+    assert not beside.exists()
+    assert (server.folder / "late" / "model.safetensors").read_bytes() == written
+    shutil.rmtree(server.folder / "late")
+
+
 # --- stopped politely ------------------------------------------------------------------------------------------------
 
 
@@ -269,8 +293,9 @@ def test_a_model_directory_is_continued_too(server: Server) -> None:
         server.run(*arguments, watch=str(beside), kill_at=moment)
         if (beside / "job.json").exists():
             assert server.run("inject", "tiny", "--resume", "--out", "dir") == 0, server.said
-            assert (out / "model.safetensors").read_bytes() == expected
-        assert not beside.exists() or server.run(*arguments, "--restart") == 0, server.said
+        else:
+            server.run(*arguments)  # begins, unless the model is there
+        assert (out / "model.safetensors").read_bytes() == expected
         assert not beside.exists()
 
 

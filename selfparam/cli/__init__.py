@@ -212,10 +212,10 @@ def inject(
     if targets and idle:
         raise typer.BadParameter(f"--targets has its pairs already: leave out --{idle[0].replace('_', '-')}")
     command = f"selfparam inject {quote(model)}" + ("" if store else f" --out {quote(str(out))}")
-    if out is not None:
-        check_out(out)
     with store.writing() if store else writing_beside(str(out)):
         waiting = (place / "job.json").is_file()
+        if out is not None and not (resume and waiting):
+            check_out(out)
         if resume:
             _nothing_else(given, {"model", "out", "resume", "checkpoint_every", "machine"})
         elif waiting and not restart:
@@ -235,6 +235,8 @@ def inject(
             if store is None and Path(job.model).resolve() != Path(model).resolve():
                 raise OutputError(f"what was interrupted is an injection into '{job.model}', not '{model}': name that "
                                   "model, or drop it with --restart")
+            if out is not None and not injecting.is_written(job, out):
+                check_out(out)
             start = injecting.load(job, store, history, journal)
         else:
             contexts = _read(files, field, journal)
@@ -247,7 +249,8 @@ def inject(
                     questions=questions, probes=probes, adapter=adapter, offline=offline, dtype=dtype, device=device,
                     force=force, history=history,
                 ), contexts, store, out, journal)
-            injecting.drop_job(place)
+            if waiting:
+                injecting.drop_job(place)
             injecting.save_job(place, job)
         injecting.finish(job, start, store, out, place, journal, machine, command=f"{command} --resume",
                          every=checkpoint_every, history=history)

@@ -23,11 +23,11 @@ from selfparam.inject.curvature import Curvature
 from selfparam.job import Job, drop_job, read_job, save_job
 from selfparam.lm import LM
 from selfparam.report import Journal, drift_line, guard_table, output, plain, scores_table
-from selfparam.store import check_out, write_model
+from selfparam.store import RECORD, check_out, read_record, write_model
 from selfparam.store.snapshots import Snapshot, Store
 from selfparam.types import Context, Recipe
 
-__all__ = ["Wishes", "drop_job", "finish", "load", "plan", "prepare", "read_job", "save_job"]
+__all__ = ["Wishes", "drop_job", "finish", "is_written", "load", "plan", "prepare", "read_job", "save_job"]
 
 _PROBES = 8  # training sentences on which the written model is compared with the one in memory
 
@@ -182,13 +182,22 @@ def finish(job: Job, start: Start, store: Store | None, out: str | None, place: 
                       f'ask it:  selfparam ask {plain(shlex.quote(str(out)))} "…"', sep="\n", soft_wrap=True)
 
 
+def is_written(job: Job, out: str) -> bool:
+    """The model directory of this job is there: it was killed between writing that and dropping the job."""
+    return (Path(out) / RECORD).is_file() and read_record(out).get("job") == job.id
+
+
 def _into_directory(job: Job, start: Start, out: str, journal: Journal, checkpoints: Checkpoints,
                     history: list[dict[str, Any]]) -> dict[str, Any]:
+    if is_written(job, out):
+        journal.note("the model was already written")
+        size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+        return {"out": out, "bytes": size, "notes": journal.notes, **read_record(out)}
     base, exams = steps.base_of(start.lm), [steps.training_exam(job.sets)]
     if job.held_out:
         exams.append(steps.exam_of(f"held-out: {job.held_out[0]}", job.held_out[1], job.sets))
     done, drift = steps.run(start.lm, job.sets, job.recipe, exams, journal, job.adapter, checkpoints, start.first)
-    record = steps.record_of(base, job.sets, job.recipe, done, drift, exams, history)
+    record = {"job": job.id, **steps.record_of(base, job.sets, job.recipe, done, drift, exams, history)}
     probe = [s for one in job.sets for s in (*one.related, *one.unrelated)][:_PROBES]
     with journal.step("writing the model") as bar:
         size = write_model(out, done.lm, record, probe, adapter=done.adapter, progress=bar)

@@ -74,6 +74,12 @@ def unfinished_beside(out: str | Path) -> Path:
     return path.with_name(f".{path.name}.injection")
 
 
+def drop_remains(place: Path) -> None:
+    """Remove what a crash left of an injection that was being dropped: the texts of one that is no more."""
+    if place.is_dir() and not (place / "job.json").exists():
+        shutil.rmtree(place, ignore_errors=True)
+
+
 @contextmanager
 def writing_beside(out: str | Path) -> Iterator[None]:
     """Hold the lock of the injection into `out`, which is gone afterwards. Raises OutputError where another has it."""
@@ -87,6 +93,9 @@ def writing_beside(out: str | Path) -> Iterator[None]:
     except Timeout as error:
         raise OutputError(f"another process is injecting into '{out}': wait until it has finished, or choose another "
                           "folder") from error
+    except OSError as error:
+        raise OutputError(f"cannot write to '{out}' ({reason(error)}): choose another folder") from error
+    drop_remains(place)
     try:
         yield
     finally:

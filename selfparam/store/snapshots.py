@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from selfparam.disk import json_bytes, reason, sha256_of, sync, write_whole
 from selfparam.errors import OutputError, StoreError
-from selfparam.store.directory import check_out
+from selfparam.store.directory import check_out, drop_remains
 from selfparam.store.guard import Limits
 
 FORMAT = 1
@@ -449,6 +449,7 @@ class Store:
         """Remove what a crash left in work/ and beside manifests; the injection in progress stays."""
         for path in (self.path / "work").glob("tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
+        drop_remains(self.unfinished)
         for path in (*self.path.glob(".*.tmp"), *(self.path / "snapshots").glob(".*.tmp")):
             with suppress(OSError):
                 path.unlink()
