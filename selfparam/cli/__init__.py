@@ -212,6 +212,8 @@ def inject(
     if targets and idle:
         raise typer.BadParameter(f"--targets has its pairs already: leave out --{idle[0].replace('_', '-')}")
     command = f"selfparam inject {quote(model)}" + ("" if store else f" --out {quote(str(out))}")
+    if out is not None and not place.is_dir():  # else when that has been seen to
+        check_out(out)
     with store.writing() if store else writing_beside(str(out)):
         waiting = (place / "job.json").is_file()
         if out is not None and not (resume and waiting):
