@@ -13,7 +13,7 @@ from selfparam.metrics.qa_f1 import tokens
 from selfparam.types import Recipe, TargetSet
 
 KNOWN = 0.4  # share of the pairs, from which on the subject is known: new contexts have .0 to .2, known ones .6 to .8
-LIGHTER = 0.02  # retention, at most, for a correction
+LIGHTER = 0.01  # retention, at most, for a correction
 
 
 def corrects(lm: LM, one: TargetSet) -> bool:
