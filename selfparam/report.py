@@ -26,15 +26,18 @@ _WIDTH = 120  # columns of a table where stdout is no terminal
 class Bar:
     """One line of progress: call it with (done, total); `says` changes its words, `then` starts the next line.
 
-    log: takes the line as text now and then, where there is no terminal to draw it on.
+    log: takes the line as text now and then, where there is no terminal to draw it on. alike: whether what is counted
+    takes about as long each, so that the time that is left can be told from it.
     """
 
-    def __init__(self, progress: Progress, title: str, log: Callable[[str], None] | None = None) -> None:
-        self._progress, self._log, self._logged = progress, log, time.monotonic()
+    def __init__(self, progress: Progress, title: str, log: Callable[[str], None] | None = None,
+                 alike: bool = True) -> None:
+        self._progress, self._log, self._logged, self._alike = progress, log, time.monotonic(), alike
         self.then(title)
 
     def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total, count=f"{done}/{total}", left="left")
+        self._progress.update(self._task, completed=done, total=total, count=f"{done}/{total}",
+                              left="left" if self._alike else "")
         self._tell()
 
     def says(self, text: str) -> None:
@@ -45,7 +48,8 @@ class Bar:
         if not self._log or time.monotonic() - self._logged < EVERY:
             return
         self._logged, task = time.monotonic(), self._progress.tasks[self._task]
-        left = f", about {timedelta(seconds=int(task.time_remaining))} left" if task.time_remaining else ""
+        remaining = task.time_remaining if self._alike else None
+        left = f", about {timedelta(seconds=int(remaining))} left" if remaining else ""
         self._log(f"{task.description} {task.fields['count']} after {timedelta(seconds=int(task.elapsed or 0))}{left}")
 
     def then(self, title: str) -> None:
@@ -67,14 +71,14 @@ class Journal:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def step(self, title: str) -> Iterator[Bar]:
-        """A long step; its line stays with the time it took."""
+    def step(self, title: str, alike: bool = True) -> Iterator[Bar]:
+        """A long step; its line stays with the time it took. alike: as Bar has it."""
         begin = time.perf_counter()
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}"),
-                   TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TimeRemainingColumn())
+                   TimeElapsedColumn(), TextColumn("{task.fields[left]}"), *([TimeRemainingColumn()] if alike else []))
         quiet = self._machine or not self._console.is_terminal
         with Progress(*columns, console=self._console, disable=quiet, speed_estimate_period=600) as progress:
-            yield Bar(progress, title, self._print if quiet and not self._machine else None)
+            yield Bar(progress, title, self._print if quiet and not self._machine else None, alike)
             for task in progress.tasks:
                 progress.update(task.id, total=task.total or 1, completed=task.total or 1)
         self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - begin

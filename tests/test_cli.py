@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO, TextIOWrapper
@@ -435,6 +436,17 @@ def test_without_a_terminal_long_steps_print_lines(monkeypatch: pytest.MonkeyPat
         found = capsys.readouterr().err.splitlines()
         assert len(found) == lines
     assert found[0].startswith("reading 1/4 after 0:00:0") and found[2].startswith("reading [b]on[/b] 2/4 after")
+
+
+def test_what_takes_unequally_long_says_no_time_left(monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(report, "EVERY", 0.0)
+    for alike in (True, False):
+        with Journal().step("reading", alike) as bar:
+            for done in (1, 2, 3):
+                time.sleep(0.01)
+                bar(done, 400)
+        assert ("left" in capsys.readouterr().err) == alike
 
 
 def test_recipes_go_by_size() -> None:

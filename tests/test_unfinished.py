@@ -69,7 +69,7 @@ def test_a_sequence_goes_on_behind_its_last_step(tmp_path: Path, model: str, mon
     said: list[str] = []
     monkeypatch.setattr(selfparam, "inject", stopped_after(1, selfparam.inject))  # one step is left
     run_table(cut, says=said.append)
-    assert "Ours 1: contexts 4 to 4 of 4" in said
+    assert "Ours 1: context 4 of 4" in said
     found, wanted = scores(cut), scores(whole)
     assert found.pop("kl") == pytest.approx(wanted.pop("kl"), rel=1e-3)
     assert found == wanted
@@ -86,7 +86,7 @@ def test_a_damaged_step_is_told_and_begins_again(tmp_path: Path, model: str, mon
     (kept / "weights.safetensors").write_bytes(b"torn")
     said: list[str] = []
     run_table(table, says=said.append)
-    assert any("is damaged" in line for line in said) and "Ours 1: contexts 1 to 1 of 4" in said
+    assert any("is damaged" in line for line in said) and "Ours 1: context 1 of 4" in said
     assert len(scores(table)["learned"]) == 4
 
 
@@ -99,6 +99,7 @@ def test_a_disk_that_is_full_does_not_end_a_cell(tmp_path: Path, model: str, mon
     table = sequence(tmp_path / "cut", model)
     run_table(table, says=said.append)
     assert any("No space left on device" in line for line in said) and lines(table)
+    assert any(re.fullmatch(r"Ours 1: context 4 of 4, about 0:00:\d\d left of it", line) for line in said)
 
 
 def test_one_call_goes_on_from_its_checkpoint(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -52,7 +52,7 @@ def run(
     from selfparam.experiments.run import run_table
 
     journal = Journal(machine)
-    with journal.step(f"running {found.name}") as bar:
+    with journal.step(f"running {found.name}", alike=found.protocol == "single") as bar:  # long cells say it themselves
         done = run_table(found, workers=workers, ray=ray, stack=stack,
                          says=lambda text: bar.says(f"{found.name}: {text}"), progress=bar)
     for note in done.notes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from statistics import mean
 
 from selfparam.data.items import Item
@@ -87,9 +88,14 @@ def sequential(lab: Lab, table: Table, cell: Cell, sets: Sequence[TargetSet], un
     if 0 in steps and not before:
         matrix.append(base_row(lab, items, answers))
         along.append(lab.base)
-    for start in range(at if before else 0, cell.n, size):
-        done = min(start + size, cell.n)
-        unfinished.says(f"contexts {start + 1} to {done} of {cell.n}")
+    first, since = at if before else 0, time.perf_counter()
+    for start in range(first, cell.n, size):
+        done, left = min(start + size, cell.n), ""
+        if start > first:
+            spent = time.perf_counter() - since
+            left = f", about {timedelta(seconds=round(spent / (start - first) * (cell.n - start)))} left of it"
+        unfinished.says((f"context {done}" if done == start + 1 else f"contexts {start + 1} to {done}")
+                        + f" of {cell.n}{left}")
         begin = time.perf_counter()
         whole = unfinished.options(method) if size == cell.n else {}
         reader = method.absorb(lab.lm, sets[start:done], after=reader, seed=table.seed, **whole)
