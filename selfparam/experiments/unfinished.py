@@ -47,13 +47,13 @@ class Unfinished:
         """
         if not isinstance(method, Training):
             return {}
-        last = time.monotonic()
+        last: float | None = None  # the first epoch is timed with all that comes before it
 
         def progress(epoch: int, epochs: int, loss: float) -> None:
             nonlocal last
-            took, last = time.monotonic() - last, time.monotonic()
-            left = timedelta(seconds=round(took * (epochs - epoch)))
-            self.says(f"epoch {epoch} of {epochs}, loss {loss:.3f}, about {left} left of it")
+            took, last = time.monotonic() - last if last else None, time.monotonic()
+            left = "" if took is None else f", about {timedelta(seconds=round(took * (epochs - epoch)))} left of it"
+            self.says(f"epoch {epoch} of {epochs}, loss {loss:.3f}{left}")
 
         return {"checkpoints": Checkpoints(self.folder / "training", every=EVERY, note=self.says), "progress": progress}
 
