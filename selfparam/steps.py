@@ -30,6 +30,7 @@ from selfparam.inject.curvature import Curvature
 from selfparam.lm import LM
 from selfparam.metrics.drift import drift, reference
 from selfparam.metrics.qa_f1 import mean_f1, qa_f1, tokens
+from selfparam.own import own_sentences
 from selfparam.report import Journal
 from selfparam.store.snapshots import is_store
 from selfparam.targets import (
@@ -46,11 +47,12 @@ from selfparam.targets import (
 from selfparam.targets.corrections import held_for
 from selfparam.targets.files import text_of
 from selfparam.targets.rehearsal import add_rehearsed
-from selfparam.targets.unrelated import NEIGHBOUR_SHARE, RATIO, add_unrelated, own_sentences, packaged
+from selfparam.targets.unrelated import NEIGHBOUR_SHARE, RATIO, add_unrelated, packaged
 from selfparam.types import (
     FAST,
     PAPER,
     SMALL,
+    SMALL_ALONE,
     SMALL_REHEARSAL,
     SMALL_SEQUENTIAL,
     Context,
@@ -60,7 +62,7 @@ from selfparam.types import (
     TargetSet,
 )
 
-#: Models below this number of parameters are trained with SMALL where the recipe is "auto".
+#: Models below this number of parameters are trained with a SMALL recipe where it is "auto".
 FEW_PARAMETERS = 200e6
 HELD_OUT_PASSAGES = 60  # unrelated passages on which drift is measured
 ASKED_PAIRS = 100  # training pairs that are asked at most
@@ -84,10 +86,12 @@ def choose_recipe(lm: LM, name: str, *, sequence: bool = False, follows: bool = 
     """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out.
 
     sequence: injections go on one upon another, and the curvature of those so far is at hand. follows: something was
-    injected before, which a small model rehearses where it is not; nothing is rehearsed without it.
+    injected before, which a small model rehearses where it is not; nothing is rehearsed without it. Fine-tuning and
+    what is trained whole hold nothing, where they come alone.
     """
-    held = sequence and changes.get("retention") != 0
-    small = SMALL_SEQUENTIAL if held else SMALL_REHEARSAL if follows else SMALL
+    none = changes.get("retention") == 0
+    alone = SMALL if changes.get("objective") == "next-word" or changes.get("train") in ("full", "osf") else SMALL_ALONE
+    small = SMALL_SEQUENTIAL if sequence and not none else SMALL_REHEARSAL if follows else SMALL if none else alone
     auto = small if lm.parameters < FEW_PARAMETERS else PAPER
     chosen = {"paper": PAPER, "fast": FAST, "small": small, "auto": auto}[name].but(
         **{key: value for key, value in changes.items() if value is not None})

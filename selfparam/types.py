@@ -109,8 +109,7 @@ class Recipe:
     retention          how strongly the last hidden states of earlier injections' sentences are held where they were, in
                        an injection after others (inject/curvature.py); 0: they are not
     known              with retention: so many sentences that the model writes before a first injection are held, in
-                       that one, too (in Python: inject(…, known=own_sentences(lm, recipe)), of targets/unrelated.py;
-                       without them nothing is held in the first)
+                       that one, too (own.py)
     rehearsal          at most so many sentences from memory, in an injection after others (targets/rehearsal.py)
     rehearsal_temperature   of their questions; answers are the most likely ones
     top_k              what is kept of the teacher: 0 its last hidden states (the exact KL over the vocabulary); k the
@@ -196,8 +195,10 @@ SMALL = Recipe(
     teacher_sees_x=False,
     loss_on="answer",
 )
-#: For one injection after another into such a model: what was learned before is held (inject/curvature.py), and what
-#: it knew before the first.
+#: The same for one injection into such a model alone, which also holds what the model knew (inject/curvature.py): the
+#: default of the command line. SMALL itself holds nothing, and can be stacked.
+SMALL_ALONE = SMALL.but(retention=0.03, known=100)
+#: For one injection after another into such a model: what was learned before is held, and what it knew at first.
 SMALL_SEQUENTIAL = SMALL.but(epochs=14, lora_rank=64, retention=0.1, known=100, unrelated_share=0.5)
 #: The same where only the weights are at hand: what the model writes from memory holds what it has learned. All tokens
 #: of a pair are trained, questions too: a model rehearses only what it would ask by itself.

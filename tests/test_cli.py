@@ -30,7 +30,7 @@ from selfparam.lm import LM
 from selfparam.report import Journal
 from selfparam.store import writing_beside
 from selfparam.targets import Report
-from selfparam.types import PAPER, SMALL, Context, Question, Sentence, TargetSet
+from selfparam.types import PAPER, SMALL, SMALL_ALONE, Context, Question, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
 LAMP = "The red lamp stands on the hill. Its keeper is Mara and the light was built in 1911."
@@ -123,6 +123,21 @@ def test_inject_ask_inspect_and_inject_again(run: Run, model: str) -> None:
     assert [one["created"] for one in json.loads(out)["history"]] == [record["created"]]
 
 
+def test_what_a_small_model_knew_is_held_but_not_by_fine_tuning(run: Run, model: str, monkeypatch: pytest.MonkeyPatch
+                                                              ) -> None:
+    known: list[int] = []
+    inject = steps.inject
+
+    def seen(*given: Any, **options: Any) -> Any:
+        known.append(len(options["known"]))
+        return inject(*given, **options)
+
+    monkeypatch.setattr(steps, "inject", seen)
+    assert run("inject", model, "lamp.txt", *OWN, "--out", "one", *QUICK)[0] == 0
+    assert run("inject", model, "lamp.txt", *OWN, "--out", "two", *QUICK, "--objective", "next-word")[0] == 0
+    assert 0 < known[0] <= SMALL_ALONE.known and known[1] == 0
+
+
 def test_targets_can_be_edited_and_passed_back(run: Run, model: str, place: Path) -> None:
     code, out, err = run("targets", model, "lamp.txt", *OWN, "--unrelated", "packaged", "--ratio", "1",
                          "--out", "new/sets.jsonl")
@@ -191,7 +206,7 @@ def test_demo(run: Run) -> None:
     assert said["pairs"]["kept"] > said["pairs"]["same_as_a_question"]
     assert said["f1"]["with_context"] > 0.5
     assert said["f1"]["after"] > said["f1"]["before"] + 0.1
-    assert 0 < said["drift"] < 0.15  # 0.088 was measured (two threads); the aim is 0.1
+    assert 0 < said["drift"] < 0.05  # 0.013 was measured (one thread); the aim is 0.1
 
 
 def test_help_needs_no_torch() -> None:
@@ -451,7 +466,9 @@ def test_what_takes_unequally_long_says_no_time_left(monkeypatch: pytest.MonkeyP
 
 def test_recipes_go_by_size() -> None:
     lm = tiny_lm()
-    assert steps.choose_recipe(lm, "auto") == SMALL
+    assert steps.choose_recipe(lm, "auto") == SMALL_ALONE
+    for other in ({"objective": "next-word"}, {"train": "full"}, {"retention": 0}):
+        assert steps.choose_recipe(lm, "auto", **other) == SMALL.but(**other)  # what the model knew is not held
     assert steps.choose_recipe(lm, "paper", lr=None, epochs=3) == PAPER.but(epochs=3)
 
 

@@ -13,11 +13,12 @@ from selfparam.errors import InjectionError, ModelError
 from selfparam.inject import inject
 from selfparam.inject.curvature import MOST, Curvature, Held, measure, strongest
 from selfparam.inject.pairs import build_rows
+from selfparam.inject.stack import inject_each
 from selfparam.inject.teacher import teacher_states
 from selfparam.inject.trainable import layer_linears, make_trainable
 from selfparam.lm import LM, Conv1D
 from selfparam.methods import make_method
-from selfparam.targets.unrelated import own_sentences
+from selfparam.own import own_sentences
 from selfparam.types import SMALL, SMALL_SEQUENTIAL, Context, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
@@ -280,7 +281,7 @@ def test_what_the_model_writes_itself_is_held_from_the_first_injection_on() -> N
 def test_a_recipe_asks_for_what_the_model_knows_once(monkeypatch: pytest.MonkeyPatch, known: int) -> None:
     lm, asked = tiny_lm(), []
     recipe = {"from": "small", "epochs": 1, "retention": 1.0, "known": known, "precision": "fp32"}
-    module = importlib.import_module("selfparam.methods.selfparam")
+    module = importlib.import_module("selfparam.inject")
 
     def sentences(given: LM, recipe: Any) -> list[Sentence]:
         found = own_sentences(given, recipe)
@@ -293,3 +294,6 @@ def test_a_recipe_asks_for_what_the_model_knows_once(monkeypatch: pytest.MonkeyP
     reader = method.absorb(lm, [SET])
     reader = method.absorb(lm, [OTHER], after=reader)
     assert len(asked) == 1 and (asked[0] > 0) == (known > 0)
+    if known:
+        with pytest.raises(InjectionError, match="one injection at a time"):
+            next(inject_each(lm, [SET], getattr(method, "recipe")))  # noqa: B009

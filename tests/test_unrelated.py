@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from selfparam import own
 from selfparam.data.slots import Slots
 from selfparam.errors import TargetError
 from selfparam.metrics.drift import drift, reference
@@ -89,9 +90,9 @@ def test_slimpajama_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -
 
 def test_self_samples_come_from_the_model_and_repeat_with_the_seed() -> None:
     lm = tiny_lm("llama", chat=True)
-    one = unrelated.sampled(lm, 6, seed=1)
-    assert one == unrelated.sampled(lm, 6, seed=1)
-    assert one != unrelated.sampled(lm, 6, seed=2)
+    one = own.sampled(lm, 6, seed=1)
+    assert one == own.sampled(lm, 6, seed=1)
+    assert one != own.sampled(lm, 6, seed=2)
 
 
 def test_own_text_and_its_errors(tmp_path: Path) -> None:

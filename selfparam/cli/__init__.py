@@ -106,7 +106,7 @@ def demo(machine: Json = False, seed: Seed = 0) -> None:
     contexts = read_contexts([folder / name for name in ("town.txt", "company.txt", "musician.txt")])
     questions = steps.read_questions(folder / "questions.jsonl", contexts)
     lm = steps.load("embedded", journal)
-    recipe = steps.choose_recipe(lm, "small", seed=seed, lr=2.2e-3, epochs=16)
+    recipe = steps.choose_recipe(lm, "small", seed=seed)
     sets, report = steps.pairs_by(LocalAuthor(lm, seed=seed), contexts, 40, journal, rounds=5)
     sets, same = steps.without_questions(sets, questions, journal)
     sets = steps.with_unrelated(lm, sets, journal, source="self", ratio=None, recipe=recipe)

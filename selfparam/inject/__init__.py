@@ -28,6 +28,7 @@ from selfparam.inject.sharded import is_sharded, replicate
 from selfparam.inject.teacher import as_target, check_head, check_rows, head_of, teacher_targets
 from selfparam.inject.trainable import lean, make_trainable, multiplies_bf16
 from selfparam.lm import LM
+from selfparam.own import own_sentences
 from selfparam.types import Context, Recipe, Sentence, TargetSet
 
 #: Largest mean KL (nats per token) between the trained student and its merged weights.
@@ -76,7 +77,7 @@ def inject(
     *,
     teacher: LM | None = None,
     curvature: Curvature | None = None,
-    known: Sequence[Sentence] = (),
+    known: Sequence[Sentence] | None = None,
     progress: EpochProgress | None = None,
     teacher_progress: Callable[[int, int], None] | None = None,
     in_place: bool = False,
@@ -89,8 +90,8 @@ def inject(
 
     lm stays as it is unless in_place (saves one copy of the weights). teacher: another θ to read x than lm itself (in a
     sequence of injections, the first one, with the same output head); what is rehearsed is always lm's own.
-    curvature: of the injections before, which the recipe's retention holds. known: where there is none, sentences of
-    the model's own (targets.unrelated.sampled): it holds them from here on, together as firmly as an epoch is learned.
+    curvature: of the injections before, which the recipe's retention holds. known: where there is none, sentences that
+    are held from here on, together as firmly as an epoch is learned (None: the model writes recipe.known of them).
     checkpoints: where to save and continue. cache_bytes: the teacher's targets may take so much memory (the device's,
     where there is one); more goes to a file under TMPDIR. accelerator: share the work among its processes, which all
     call this with the same arguments and get the same θ'. lm may be cut over them (sharded.py).
@@ -121,6 +122,8 @@ def inject(
     if teacher and any(r.rehearsed for r in rows) and not torch.equal(head_of(teacher).weight, head_of(lm).weight):
         raise InjectionError("the teacher has another output head than the model that rehearses: train LoRA or MLP "
                              "matrices, or do without rehearsal (--rehearsal 0)")
+    if known is None and not curvature:
+        known = own_sentences(lm, recipe)
     student = lm if in_place else replace(lm, model=copy.deepcopy(lm.model))
     kinds = {name: p.dtype for name, p in student.model.named_parameters() if short and p.dtype in SHORT}
     for name in kinds:

@@ -52,6 +52,8 @@ def refusal(recipe: Recipe) -> str:
     """Why a stack could not give what the contexts give one by one, or "" where it does."""
     if recipe.train != "lora":
         return f"train = '{recipe.train}' changes the weights that a stack shares: use 'lora', or inject one by one"
+    if recipe.known and recipe.retention:
+        return "what the model knew is held in one injection at a time: use known = 0, or inject one by one"
     if recipe.held_out:
         return "an early stop is decided on each context's own held-out pairs: use held_out = 0, or inject one by one"
     return DROPOUT if recipe.lora_dropout else ""

@@ -26,6 +26,7 @@ from selfparam.types import (
     PAPER_RECOMMEND,
     PAPER_SEQUENTIAL,
     SMALL,
+    SMALL_ALONE,
     SMALL_REHEARSAL,
     SMALL_SEQUENTIAL,
     Recipe,
@@ -46,7 +47,7 @@ METHODS: dict[str, type[Any]] = {
 }
 RECIPES = {
     "paper": PAPER, "paper-sequential": PAPER_SEQUENTIAL, "paper-recommend": PAPER_RECOMMEND, "fast": FAST,
-    "small": SMALL, "small-sequential": SMALL_SEQUENTIAL,
+    "small": SMALL, "small-alone": SMALL_ALONE, "small-sequential": SMALL_SEQUENTIAL,
     "small-rehearsal": SMALL_REHEARSAL,
 }
 

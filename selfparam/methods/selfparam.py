@@ -22,7 +22,7 @@ from selfparam.methods.readers import Memory, tokens
 from selfparam.methods.stacked import UNTRAINED, memories
 from selfparam.targets.corrections import held_for
 from selfparam.targets.rehearsal import add_rehearsed
-from selfparam.targets.unrelated import add_unrelated, own_sentences
+from selfparam.targets.unrelated import add_unrelated
 from selfparam.types import PAPER, Recipe, Sentence, TargetSet
 
 
@@ -58,8 +58,7 @@ class SelfParam:
 
     @property
     def stacks(self) -> bool:
-        known = self.recipe.known and self.recipe.retention  # nothing of it reaches a stack
-        return not refusal(self.recipe) and self.keep == "nothing" and not known
+        return not refusal(self.recipe) and self.keep == "nothing"
 
     def absorb(self, lm: LM, sets: Sequence[TargetSet], *, after: Reader | None = None, seed: int = 0,
                checkpoints: Checkpoints | None = None, progress: EpochProgress | None = None) -> Reader:
@@ -75,10 +74,9 @@ class SelfParam:
             with precision(start, self.recipe):
                 chosen, _ = add_rehearsed(start, chosen, self.recipe.rehearsal, first=lm, seed=seed,
                                           temperature=self.recipe.rehearsal_temperature)
-        known = own_sentences(start, self.recipe.but(seed=seed)) if after is None else []
-        recipe = held_for(start, chosen, self.recipe)[0] if curvature or known else self.recipe
+        recipe = held_for(start, chosen, self.recipe)[0] if curvature or self.recipe.known else self.recipe
         done = inject(start, chosen, recipe.but(seed=seed), teacher=lm if first else None, curvature=curvature,
-                      known=known, checkpoints=checkpoints, progress=progress)
+                      checkpoints=checkpoints, progress=progress)
         if self.keep == "pairs":
             kept += own
         notes = (f"{done.curvature.numbers / 1e6:.1f} million numbers of curvature are kept from step to step, "

@@ -20,11 +20,11 @@ from typing import Literal
 from selfparam.data.slots import Slots
 from selfparam.errors import TargetError
 from selfparam.lm import LM
-from selfparam.types import Recipe, Sentence, TargetSet
+from selfparam.own import LONGEST, answered, sampled
+from selfparam.types import Sentence, TargetSet
 
 SLIMPAJAMA = "cerebras/SlimPajama-627B"
 POOL = 5_000  # passages that are read of it at a time
-LONGEST = 320  # characters of a plain passage
 RATIO, NEIGHBOUR_SHARE = 4.0, 0.9  # measured on the embedded model (docs/LOG.md): with fewer a new fact leaks
 _LETTERS = "".join(map(chr, range(0x250)))  # Latin ones: other alphabets have no made-up names here
 _UPPER, _LOWER = ("[" + "".join(filter(kind, _LETTERS)) + "]" for kind in (str.isupper, str.islower))
@@ -89,34 +89,6 @@ def slimpajama_pool(n: int) -> tuple[str, ...]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise TargetError(f"cannot stream {SLIMPAJAMA} ({reason}): give a text file or 'self' as source") from error
     return tuple(found[:n])
-
-
-def sampled(lm: LM, n: int, *, seed: int = 0, temperature: float = 1.0) -> list[Sentence]:
-    """Up to n sentences that the model writes itself: questions with answers (chat models) and text."""
-    found: list[Sentence] = []
-    if lm.is_chat:
-        head, between, _ = lm.chat_parts()
-        questions = lm.generate(
-            [head] * (n - n // 2), max_new_tokens=40, temperature=temperature, seed=seed, stop_at=between
-        )
-        questions = [q.strip() for q in questions if 8 <= len(q.strip()) <= LONGEST]
-        found += answered(lm, questions, seed=seed + 1, temperature=temperature)
-    rest = n - len(found)
-    texts = lm.generate([lm.bos] * rest, max_new_tokens=60, temperature=temperature, seed=seed + 2)
-    found += [Sentence("", t.strip()) for t in texts if len(t.strip()) >= 20]
-    return found
-
-
-def own_sentences(lm: LM, recipe: Recipe) -> list[Sentence]:
-    """What inject() takes as `known`: sentences that the model writes before a first injection, if the recipe asks."""
-    return sampled(lm, recipe.known, seed=recipe.seed) if recipe.retention and recipe.known else []
-
-
-def answered(lm: LM, questions: Sequence[str], *, seed: int = 0, temperature: float = 1.0) -> list[Sentence]:
-    """Questions with answers drawn from the model without any context (empty answers are left out)."""
-    rows = [[*lm.prefix(None), *lm.question(q)] for q in questions]
-    texts = lm.generate(rows, max_new_tokens=24, temperature=temperature, seed=seed, stop=None if lm.is_chat else "\n")
-    return [Sentence(q, a.strip()) for q, a in zip(questions, texts, strict=True) if a.strip()]
 
 
 def swap_names(question: str, context: str, slots: Slots, owners: bool = False) -> str | None:
