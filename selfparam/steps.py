@@ -52,7 +52,6 @@ from selfparam.types import (
     FAST,
     PAPER,
     SMALL,
-    SMALL_ALONE,
     SMALL_REHEARSAL,
     SMALL_SEQUENTIAL,
     Context,
@@ -86,15 +85,16 @@ def choose_recipe(lm: LM, name: str, *, sequence: bool = False, follows: bool = 
     """"paper", "fast", "small", or "auto": by the model's size. Changes that are None are left out.
 
     sequence: injections go on one upon another, and the curvature of those so far is at hand. follows: something was
-    injected before, which a small model rehearses where it is not; nothing is rehearsed without it. Fine-tuning and
-    what is trained whole hold nothing, where they come alone.
+    injected before, which a small model rehearses where it is not; nothing is rehearsed without it. Where injections
+    do not go on, retention holds what the model itself writes.
     """
-    none = changes.get("retention") == 0
-    alone = SMALL if changes.get("objective") == "next-word" or changes.get("train") in ("full", "osf") else SMALL_ALONE
-    small = SMALL_SEQUENTIAL if sequence and not none else SMALL_REHEARSAL if follows else SMALL if none else alone
+    held = sequence and changes.get("retention") != 0
+    small = SMALL_SEQUENTIAL if held else SMALL_REHEARSAL if follows else SMALL
     auto = small if lm.parameters < FEW_PARAMETERS else PAPER
     chosen = {"paper": PAPER, "fast": FAST, "small": small, "auto": auto}[name].but(
         **{key: value for key, value in changes.items() if value is not None})
+    if chosen.retention and not sequence:
+        chosen = chosen.but(known=SMALL_SEQUENTIAL.known)
     return chosen if follows else chosen.but(rehearsal=0)
 
 

@@ -195,10 +195,8 @@ SMALL = Recipe(
     teacher_sees_x=False,
     loss_on="answer",
 )
-#: The same for one injection into such a model alone, which also holds what the model knew (inject/curvature.py): the
-#: default of the command line. SMALL itself holds nothing, and can be stacked.
-SMALL_ALONE = SMALL.but(retention=0.03, known=100)
-#: For one injection after another into such a model: what was learned before is held, and what it knew at first.
+#: For one injection after another into such a model: what was learned before is held (inject/curvature.py), and what
+#: it knew before the first.
 SMALL_SEQUENTIAL = SMALL.but(epochs=14, lora_rank=64, retention=0.1, known=100, unrelated_share=0.5)
 #: The same where only the weights are at hand: what the model writes from memory holds what it has learned. All tokens
 #: of a pair are trained, questions too: a model rehearses only what it would ask by itself.

@@ -30,7 +30,7 @@ from selfparam.lm import LM
 from selfparam.report import Journal
 from selfparam.store import writing_beside
 from selfparam.targets import Report
-from selfparam.types import PAPER, SMALL, SMALL_ALONE, Context, Question, Sentence, TargetSet
+from selfparam.types import PAPER, SMALL, Context, Question, Sentence, TargetSet
 from tests.tiny import tiny_lm
 
 LAMP = "The red lamp stands on the hill. Its keeper is Mara and the light was built in 1911."
@@ -123,8 +123,7 @@ def test_inject_ask_inspect_and_inject_again(run: Run, model: str) -> None:
     assert [one["created"] for one in json.loads(out)["history"]] == [record["created"]]
 
 
-def test_what_a_small_model_knew_is_held_but_not_by_fine_tuning(run: Run, model: str, monkeypatch: pytest.MonkeyPatch
-                                                              ) -> None:
+def test_what_a_model_knew_is_held_where_it_is_asked_for(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[int] = []
     inject = steps.inject
 
@@ -134,8 +133,11 @@ def test_what_a_small_model_knew_is_held_but_not_by_fine_tuning(run: Run, model:
 
     monkeypatch.setattr(steps, "inject", seen)
     assert run("inject", model, "lamp.txt", *OWN, "--out", "one", *QUICK)[0] == 0
-    assert run("inject", model, "lamp.txt", *OWN, "--out", "two", *QUICK, "--objective", "next-word")[0] == 0
-    assert 0 < known[0] <= SMALL_ALONE.known and known[1] == 0
+    assert run("inject", model, "lamp.txt", *OWN, "--out", "two", *QUICK, "--retention", "0.03")[0] == 0
+    code, out, err = run("inject", "two", "lamp.txt", *OWN, "--out", "three", *QUICK, "--ratio", "0", "--rehearsal",
+                         "0", "--retention", "0.03", "--json")
+    assert code == 0 and json.loads(out)["recipe"]["known"] == 100, err
+    assert known[0] == 0 < known[1] and known[2] > 0
 
 
 def test_targets_can_be_edited_and_passed_back(run: Run, model: str, place: Path) -> None:
@@ -269,7 +271,8 @@ BAD = [
     ("inject MODEL lamp.txt --out out --lr inf", "inf is no finite number"),
     ("inject MODEL lamp.txt --out out --ratio inf", "inf is no finite number"),
     ("inject MODEL lamp.txt --out out --seed 99999999999999999999999", "--seed"),
-    ("inject MODEL lamp.txt --out out --retention 0.2", "--retention is for stores"),
+    ("inject MODEL lamp.txt --out out --author pairs.jsonl --retention 0.2 --train full",
+     "cannot be held with train = 'full': use 'lora' or 'mlp', or --retention 0"),
     ("inject MODEL --targets sets.jsonl --out out --author-model m", "leave out --author-model"),
     ("inject MODEL --out out --resume --ratio 0", "leave out 'ratio'"),
     ("ask MODEL Who? --context two", "'two' holds 2 documents"),
@@ -466,9 +469,9 @@ def test_what_takes_unequally_long_says_no_time_left(monkeypatch: pytest.MonkeyP
 
 def test_recipes_go_by_size() -> None:
     lm = tiny_lm()
-    assert steps.choose_recipe(lm, "auto") == SMALL_ALONE
-    for other in ({"objective": "next-word"}, {"train": "full"}, {"retention": 0}):
-        assert steps.choose_recipe(lm, "auto", **other) == SMALL.but(**other)  # what the model knew is not held
+    assert steps.choose_recipe(lm, "auto") == SMALL
+    assert steps.choose_recipe(lm, "paper", retention=0.1) == PAPER.but(retention=0.1, known=100)
+    assert steps.choose_recipe(lm, "paper", retention=0.1, sequence=True) == PAPER.but(retention=0.1)
     assert steps.choose_recipe(lm, "paper", lr=None, epochs=3) == PAPER.but(epochs=3)
 
 

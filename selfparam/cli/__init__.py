@@ -106,7 +106,7 @@ def demo(machine: Json = False, seed: Seed = 0) -> None:
     contexts = read_contexts([folder / name for name in ("town.txt", "company.txt", "musician.txt")])
     questions = steps.read_questions(folder / "questions.jsonl", contexts)
     lm = steps.load("embedded", journal)
-    recipe = steps.choose_recipe(lm, "small", seed=seed)
+    recipe = steps.choose_recipe(lm, "small", seed=seed, retention=0.03)
     sets, report = steps.pairs_by(LocalAuthor(lm, seed=seed), contexts, 40, journal, rounds=5)
     sets, same = steps.without_questions(sets, questions, journal)
     sets = steps.with_unrelated(lm, sets, journal, source="self", ratio=None, recipe=recipe)
@@ -157,9 +157,9 @@ def inject(
         help="kl: SELF-PARAM; next-word: plain fine-tuning on the same sentences.")] = None,
     retention: Annotated[float | None, typer.Option(
         min=0.0, callback=stores.finite, show_default=False,
-        help="Stores: how strongly what the model learned before is held; 0: not at all. Not given: "
-             f"{SMALL_SEQUENTIAL.retention:g} for small models (less for a document that corrects what the model "
-             "knows), else 0.")] = None,
+        help="How strongly what the model knew is held, and in a store what it learned; 0: not at all. Not given: in "
+             f"stores {SMALL_SEQUENTIAL.retention:g} for small models (less for a document that corrects what the "
+             "model knows), else 0. Without a store 0.03 took most of the drift away (embedded model).")] = None,
     rehearsal: Annotated[int | None, typer.Option(
         min=0, help="At most so many sentences that the model writes from memory, where something was injected "
                     f"before; not given: {SMALL_REHEARSAL.rehearsal} for small models without retention, else none.",
@@ -205,9 +205,6 @@ def inject(
     if store is None and (probes or force):
         raise typer.BadParameter("--probes and --force are for stores: make one with 'selfparam init'")
     place = store.unfinished if store else unfinished_beside(str(out))
-    if store is None and retention is not None:
-        raise typer.BadParameter("--retention is for stores, which keep what it needs: leave it out, or make one with "
-                                 "'selfparam init'")
     idle = [one for one in _typed(given) if one in ("pairs", "author", "endpoint", "author_model", "prompt")]
     if targets and idle:
         raise typer.BadParameter(f"--targets has its pairs already: leave out --{idle[0].replace('_', '-')}")

@@ -26,7 +26,6 @@ from selfparam.types import (
     PAPER_RECOMMEND,
     PAPER_SEQUENTIAL,
     SMALL,
-    SMALL_ALONE,
     SMALL_REHEARSAL,
     SMALL_SEQUENTIAL,
     Recipe,
@@ -47,7 +46,7 @@ METHODS: dict[str, type[Any]] = {
 }
 RECIPES = {
     "paper": PAPER, "paper-sequential": PAPER_SEQUENTIAL, "paper-recommend": PAPER_RECOMMEND, "fast": FAST,
-    "small": SMALL, "small-alone": SMALL_ALONE, "small-sequential": SMALL_SEQUENTIAL,
+    "small": SMALL, "small-sequential": SMALL_SEQUENTIAL,
     "small-rehearsal": SMALL_REHEARSAL,
 }
 
