@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -628,3 +631,26 @@ def test_the_method_of_the_guide_runs(tmp_path: Path, model: str, monkeypatch: p
     assert run_table(table).failed == 0
     [row] = lines(table)
     assert row["storage_tokens"] > 0 and len(row["answers"]) == 2
+
+
+def test_workers_end_with_a_run_that_is_killed() -> None:
+    code = (
+        "import os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from selfparam.experiments.run import _begin\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=_begin)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout
+    worker = int(killed.stdout.readline())
+    killed.kill()
+    try:
+        killed.communicate(timeout=60)  # the worker has the other end of the pipe, too
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker went on for a minute")

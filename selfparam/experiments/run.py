@@ -15,7 +15,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any
 
 import torch
@@ -229,9 +230,17 @@ def _by_processes(table: Table, model: ModelSpec, stacks: Sequence[Sequence[Job]
 
 
 def _begin() -> None:
-    """In a new process: Ctrl-C ends it without a word, and libraries do not warn."""
+    """In a new process: Ctrl-C ends it without a word, so does the end of the process that began it; no warnings."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     warnings.simplefilter("ignore")
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent:
+        parent.join()  # returns when it is gone, however it ended: nobody would collect the rows
+        os._exit(1)
 
 
 @contextmanager
