@@ -176,20 +176,7 @@ def one_prefix_each(lm: LM, sets: Sets, recipe: Recipe) -> Done:
 
 def padded_rows(lm: LM, sets: Sets, recipe: Recipe) -> Done:
     """Ours, but one sentence a line, padded to the longest."""
-
-    def lines(rows: Sequence[Row], chosen: Sequence[int], starts: Sequence[int], width: int, pad: int) -> Any:
-        parts = [pack(rows, [i], starts, 1, pad) for i in chosen]
-        width = max(p.ids.shape[1] for p in parts)
-
-        def wide(t: torch.Tensor, value: int) -> torch.Tensor:
-            return F.pad(t, (0, width - t.shape[1]), value=value)
-
-        ids, positions = [wide(p.ids, pad) for p in parts], [wide(p.position_ids, 0) for p in parts]
-        index = torch.cat([p.index + i * width for i, p in enumerate(parts)])
-        rest = (torch.cat([p.source for p in parts]), torch.cat([p.weight for p in parts]))
-        return type(parts[0])(torch.cat(ids), torch.cat(positions), index, *rest)
-
-    with instead(loop, "pack", lines), instead(pairs, "SHAPE", 1):
+    with instead(loop, "pack", lambda *given: pack(*given[:-1], True)), instead(pairs, "SHAPE", 1):
         return ours(lm, sets, recipe)
 
 

@@ -42,12 +42,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class LM:
-    """The weights and how to talk to them. `name` and `revision` say where they come from."""
+    """The weights and how to talk to them. `name` and `revision` say where they come from.
+
+    apart: rows are read one to a line, with all that is in front of them, because what stands beside a row would change
+    it (recurrent layers, for one) or a prefix leaves no keys and values to go on from. `inject` finds out.
+    """
 
     model: Any
     tokenizer: Any
     name: str
     revision: str = ""
+    apart: bool = False
     _chat: tuple[list[int], list[int], list[int]] | None = field(default=None, init=False, repr=False)
 
     # --- load and save ------------------------------------------------------------------------------------------
@@ -65,8 +70,8 @@ class LM:
         """Load "embedded", a Hugging Face model directory, or a hub name.
 
         dtype: "auto" is float32 on a CPU (the model's own on a GPU), or "float32", "bfloat16".
-        Raises ModelError when there is no such model, it is not a causal language model, a file is damaged, or the
-        device is missing or full.
+        Raises ModelError when there is no such model, it is not a causal language model, a file is damaged, weights are
+        missing, or the device is missing or full.
         """
         with quiet():
             path = embedded_path() if name == EMBEDDED else name
@@ -85,14 +90,18 @@ class LM:
                 tokenizer = AutoTokenizer.from_pretrained(  # that of mistral-common cannot split special tokens
                     path, trust_remote_code=trust_remote_code, local_files_only=local, mistral_format=False
                 )
-                model = AutoModelForCausalLM.from_pretrained(
-                    path, dtype=wanted, trust_remote_code=trust_remote_code, local_files_only=local
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=wanted, trust_remote_code=trust_remote_code, local_files_only=local,
+                    output_loading_info=True,
                 )
             except Exception as error:  # transformers raises many kinds; the user needs one line
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
                 raise ModelError(
                     f"cannot load the model '{name}' ({reason}): check the name or the directory"
                 ) from error
+        if missing := sorted(found["missing_keys"]):  # they would be random numbers
+            raise ModelError(f"'{name}' lacks {len(missing)} of its weights ('{missing[0]}' is one): give the whole "
+                             "causal language model")
         try:
             model.to(where)
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is missing or full
@@ -239,7 +248,7 @@ class LM:
     def hidden(model: Any, **inputs: Any) -> torch.Tensor:
         """Last hidden states [B, T, d] behind the final norm. `model` is this model or its peft wrapper."""
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        backbone = getattr(inner, inner.base_model_prefix)
+        backbone = getattr(inner, inner.base_model_prefix, None) or inner.model  # Llama 4 names another than it has
         return backbone(use_cache=inputs.get("past_key_values") is not None, **inputs).last_hidden_state  # type: ignore[no-any-return]
 
     @torch.no_grad()

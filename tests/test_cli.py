@@ -19,7 +19,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 import selfparam
 from selfparam import report, steps
@@ -121,6 +121,24 @@ def test_inject_ask_inspect_and_inject_again(run: Run, model: str) -> None:
     assert out.count("lamp.txt") == 3  # twice in the lineage, once among the contexts
     code, out, _ = run("inspect", "two", "--json")
     assert [one["created"] for one in json.loads(out)["history"]] == [record["created"]]
+
+
+@pytest.mark.parametrize(("kind", "options", "says"), [
+    ("qwen3_5_text", ("--retention", "0.1"), "sentences are read one to a line"),
+    ("falcon_h1", ("--retention", "0.1"), "sentences are read one to a line"),
+    ("qwen3_moe", ("--recipe", "paper"), "no dropout"),
+])
+def test_models_with_recurrent_layers_and_experts(run: Run, kind: str, options: tuple[str, ...], says: str) -> None:
+    tiny_lm(kind, chat=True).save(kind)
+    code, _, err = run("inject", kind, "lamp.txt", *OWN, "--adapter", "--out", "new", "--lr", "1e-2", *options, *QUICK)
+    assert code == 0 and says in err
+    assert json.loads(Path("new/injection.json").read_text())["recipe"]["lora_dropout"] == 0
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained("new")(ids).logits
+        before = AutoModelForCausalLM.from_pretrained(kind)
+        adapted = PeftModel.from_pretrained(before, "new/adapter")(ids).logits
+    assert torch.allclose(adapted, merged, atol=1e-4)
 
 
 def test_what_a_model_knew_is_held_where_it_is_asked_for(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +323,20 @@ BAD = [
     ("inspect full", "'full' has no injection.json"),
     ("nonsense", "No such command 'nonsense'"),
 ]
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_it_writes_pairs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_lm("llama")
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+                        vocab_size=len(lm.tokenizer))
+    lm.model = BertLMHeadModel(config).eval()
+    lm.save(tmp_path / "bert")
+    monkeypatch.setattr(steps, "written_sets", failing(AssertionError("an author was asked")))
+    code, out, err = run("inject", "bert", "lamp.txt", "--out", "out")
+    assert (code, out) == (2, "") and "error: 'bert' reads what stands behind a word" in err
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(("arguments", "says"), BAD)

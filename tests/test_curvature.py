@@ -26,7 +26,7 @@ X = Context("Mara keeps the red lamp in Oslo.")
 SET = TargetSet(X, (Sentence("Who keeps the red lamp?", "Mara", X.id), Sentence("Where is the lamp?", "Oslo", X.id)))
 OTHER = TargetSet(Context("The green door is locked."), (Sentence("Which door is locked?", "the green one", "door"),))
 EXACT = SMALL.but(precision="fp32", epochs=4)
-ARCHITECTURES = ["llama", "gpt2", "phi", "gemma2"]
+ARCHITECTURES = ["llama", "gpt2", "phi", "gemma2", "lfm2"]
 
 
 def rows_of(lm: LM, one: TargetSet = SET) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import normalizers
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
@@ -22,10 +23,18 @@ from selfparam.inject.objective import Head, kl, kl_tokens, next_word
 from selfparam.inject.pairs import SHAPE, STEPS, WORD, Row, build_rows, epoch_steps, offsets, pack
 from selfparam.inject.stack import inject_each
 from selfparam.inject.teacher import check_head, check_rows, head_of, teacher_states
-from selfparam.inject.trainable import Float32Muon, layer_linears, lora_targets, make_optimizers, multiplies_bf16
+from selfparam.inject.trainable import (
+    Float32Muon,
+    experts,
+    layer_linears,
+    lora_targets,
+    make_optimizers,
+    multiplies_bf16,
+)
 from selfparam.lm import LM
+from selfparam.store.directory import write_adapter
 from selfparam.types import PAPER, SMALL, Context, Recipe, Sentence, TargetSet
-from tests.tiny import KINDS, tiny_lm
+from tests.tiny import APART, EXPERTS, KINDS, tiny_lm
 
 FAST = PAPER.but(lr=1e-2, epochs=12, lora_dropout=0.0, precision="fp32", batch_tokens=64)
 
@@ -148,18 +157,59 @@ def test_packed_rows_are_told_apart(kind: str, dtype: torch.dtype) -> None:
     assert lm.model.training
 
 
-@pytest.mark.parametrize(("kind", "own", "message"), [
-    ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, "cannot tell packed rows apart"),
-    ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, "a cache of keys and values"),
-])
-def test_rows_that_see_each_other_are_refused(kind: str, own: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("kind", APART)
+@pytest.mark.parametrize("train", ["lora", "mlp", "full"])
+def test_rows_that_cannot_be_packed_are_read_apart(kind: str, train: str) -> None:
+    """Recurrent layers and positions that tell nothing apart: the loss is the model's own, one row after another."""
+    lm = tiny_lm(kind)
+    own, scored = 0.0, 0
+    rows, prefixes = build_rows(lm, [a_set()], FAST)
+    with torch.no_grad():
+        for row in rows:
+            says = [lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -row.scored - 1 : -1]
+                    for ids in ([*prefixes[row.prefix], *row.s], row.student)]
+            teacher, student = (logits.log_softmax(-1) for logits in says)
+            own += float(F.kl_div(student, teacher, reduction="sum", log_target=True))
+            scored += row.scored
+    still = inject(lm, [a_set()], FAST.but(train=train, lr=1e-9, epochs=1, batch_tokens=10_000))
+    assert lm.apart and still.lm.apart
+    assert still.trained.losses[0] == pytest.approx(own / scored, rel=1e-3)
+    done = inject(lm, [a_set()], FAST.but(train=train))
+    assert done.trained.losses[-1] < 0.8 * done.trained.losses[0], (kind, train, done.trained.losses)
+    assert done.merge_error < 1e-4
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_texts_that_cannot_be_packed_are_written_together(kind: str) -> None:
+    lm, questions = tiny_lm(kind), ["Who keeps the lamp?", "When was the light on the hill built by Mara?", "Why?"]
+    x = a_set().context.text
+    assert lm.answer(questions, x, max_new_tokens=6) == [lm.answer([q], x, max_new_tokens=6)[0] for q in questions]
+
+
+def test_a_model_that_reads_backwards_is_refused() -> None:
     lm = tiny_lm("llama")
-    config = CONFIG_MAPPING[kind](hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                  vocab_size=len(lm.tokenizer), **own)
+    config = CONFIG_MAPPING["bert"](hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+                                    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                                    vocab_size=len(lm.tokenizer))
     lm.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for injected in (lambda: inject(lm, [a_set()], FAST), lambda: next(inject_each(lm, [a_set()], FAST))):
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(ModelError, match="reads what stands behind a word"):
             injected()
+
+
+def test_matrices_beside_a_convolution_count_as_attention() -> None:
+    attention, mlp = layer_linears(tiny_lm("lfm2"))
+    assert [n.rsplit(".", 2)[-2:] for n in attention if ".conv." in n] == [["conv", "in_proj"]]
+    assert mlp and all("feed_forward" in name for name in mlp)
+
+
+def test_a_head_of_another_width_is_refused() -> None:
+    lm = tiny_lm("llama")
+    config = CONFIG_MAPPING["electra"](hidden_size=32, num_hidden_layers=1, num_attention_heads=4, embedding_size=16,
+                                       vocab_size=len(lm.tokenizer), is_decoder=True)
+    lm.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(ModelError, match="more than a linear head"):
+        inject(lm, [a_set()], FAST)
 
 
 def test_names_of_special_tokens_in_texts_are_words() -> None:
@@ -327,22 +377,54 @@ def test_muon_in_float32_is_torchs() -> None:
 
 
 def test_muon_is_torchs_where_bf16_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for fast in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
+    for amx, avx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda it=amx: it)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda it=avx: it)
+        fast = amx or avx
         [optimizer] = make_optimizers([torch.nn.Parameter(torch.zeros(3, 4))], SMALL.but(optimizer="muon"))
         assert type(optimizer) is (torch.optim.Muon if fast else Float32Muon)
 
 
+@pytest.mark.parametrize("kind", EXPERTS)
 @pytest.mark.parametrize("train", ["lora", "mlp"])
-def test_experts_in_one_weight_are_refused(train: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_experts_are_trained(kind: str, train: str, precision: str, tmp_path: Path) -> None:
+    lm = tiny_lm(kind)
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    done = inject(lm, [a_set()], FAST.but(train=train, precision=precision), keep_adapter=True)
+    assert done.trained.losses[-1] < 0.8 * done.trained.losses[0], done.trained.losses
+    assert done.merge_error < 1e-4
+    assert all(torch.equal(v, lm.model.state_dict()[k]) for k, v in before.items())
+    changed = {k for k, v in done.lm.model.state_dict().items() if not torch.equal(v, before[k])}
+    attention, _ = layer_linears(lm)
+    assert len(experts(lm)) == 4
+    assert changed == {*experts(lm), *([f"{name}.weight" for name in attention] if train == "lora" else [])}
+    if train == "lora":
+        write_adapter(tmp_path / "adapter", *done.adapter)
+        adapted = PeftModel.from_pretrained(lm.model, tmp_path / "adapter").eval()
+        ids = torch.arange(30)[None]
+        with torch.no_grad():
+            assert torch.allclose(adapted(ids).logits, done.lm.model(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"retention": 0.1}, "cannot be held: use --retention 0"),
+    ({"train": "osf"}, "orthogonal subspace"),
+    ({"train": "mlp", "optimizer": "muon"}, "cannot be trained with Muon"),
+])
+def test_what_experts_cannot(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        inject(tiny_lm("mixtral"), [a_set()], FAST.but(**changes))
+
+
+def test_stacked_weights_that_are_no_experts_are_refused() -> None:
     lm = tiny_lm("llama")
-    config = CONFIG_MAPPING["mixtral"](
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, vocab_size=len(lm.tokenizer), initializer_range=0.2)
+    config = CONFIG_MAPPING["recurrent_gemma"](
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, lru_width=32, attention_window_size=64, vocab_size=len(lm.tokenizer))
     lm.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with pytest.raises(ModelError, match="experts"):
-        inject(lm, [a_set()], FAST.but(train=train))
-    assert len(inject(lm, [a_set()], FAST.but(train="full", epochs=1)).trained.losses) == 1
+    with pytest.raises(ModelError, match="neither a matrix nor known as experts"):
+        inject(lm, [a_set()], FAST)
 
 
 def test_bf16_that_is_only_emulated_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +443,17 @@ def test_a_model_that_cannot_be_placed_or_written_is_one_line(tmp_path: Path) ->
     lm.model.generation_config.update(do_sample=False, temperature=0.7)
     with pytest.raises(OutputError, match="generation_config"):
         lm.save(tmp_path / "other")
+
+
+def test_a_checkpoint_that_lacks_weights_is_one_line(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    lm.model.config.tie_word_embeddings = False
+    lm.save(tmp_path / "whole")
+    assert LM.load(str(tmp_path / "whole")).name
+    lm.model.model.save_pretrained(tmp_path / "headless")
+    lm.tokenizer.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ModelError, match=r"lacks 1 of its weights \('lm_head.weight' is one\)"):
+        LM.load(str(tmp_path / "headless"))
 
 
 def test_lora_targets_are_the_papers() -> None:

@@ -12,7 +12,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 from selfparam.lm import LM
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "gpt2")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "olmo2",
+         "smollm3", "gemma4_text")
+#: Those that are read one row to a line: recurrent layers beside attention, or positions that tell no rows apart.
+APART = ("qwen3_5_text", "lfm2", "falcon_h1", "granitemoehybrid", "opt")
+#: Mixtures of experts; the last one is read apart, too.
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 WINDOW = 1024
 _SENTENCES = (
     "Context: The harbour of Tamberwick was built in 1904 by Philla Grunstone.",
@@ -32,6 +37,18 @@ _OWN = {
     "gemma2": {"head_dim": 8, "sliding_window": 16},
     "gemma3_text": {"head_dim": 8, "sliding_window": 16},
     "qwen3": {"head_dim": 8},
+    "gemma4_text": {"head_dim": 8, "global_head_dim": 8, "sliding_window": 16, "vocab_size_per_layer_input": 300,
+                    "hidden_size_per_layer_input": 8},
+    "qwen3_5_text": {"head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                     "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 64,
+                         "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0},
 }
 
 
@@ -53,7 +70,7 @@ def tiny_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 
 
 def tiny_lm(kind: str = "llama", chat: bool = False, seed: int = 0) -> LM:
-    """A random model of `kind` (one of KINDS): hidden 32, 2 layers, 4 heads, window 1024 tokens, float32, on a CPU."""
+    """A random model of `kind` (of the lists above): hidden 32, 2 layers, 4 heads, window 1024, float32, on a CPU."""
     tokenizer = tiny_tokenizer(chat)
     common = {
         "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
@@ -63,7 +80,7 @@ def tiny_lm(kind: str = "llama", chat: bool = False, seed: int = 0) -> LM:
     if kind == "gpt2":
         config = CONFIG_MAPPING[kind](n_embd=32, n_layer=2, n_head=4, n_positions=WINDOW, **common)
     else:
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if kind in ("phi", "phi3") else 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if kind in ("phi", "phi3", "gpt_neox") else 2}
         config = CONFIG_MAPPING[kind](hidden_size=32, intermediate_size=64, num_hidden_layers=2, **heads,
                                       max_position_embeddings=WINDOW, **common, **_OWN.get(kind, {}))
     with torch.random.fork_rng(devices=[]):

@@ -20,6 +20,8 @@ from selfparam.disk import reason
 from selfparam.errors import InjectionError, OutputError, RefusedError, StoppedError
 from selfparam.inject.checkpoint import Checkpoints
 from selfparam.inject.curvature import Curvature
+from selfparam.inject.teacher import check_model
+from selfparam.inject.trainable import experts
 from selfparam.job import Job, drop_job, read_job, save_job
 from selfparam.lm import LM
 from selfparam.report import Journal, drift_line, guard_table, output, plain, scores_table
@@ -93,6 +95,12 @@ def prepare(wish: Wishes, contexts: Sequence[Context], store: Store | None, out:
         check_out(str(out), needed=steps.weight_bytes(lm))
         surprise = None
     recipe, start, writer = plan(lm, store, parent, wish.history, journal, wish.device, wish.recipe, **wish.changes)
+    check_model(lm, recipe)
+    if recipe.lora_dropout and recipe.train == "lora" and experts(lm):
+        recipe = recipe.but(lora_dropout=0.0)
+        journal.note(f"'{lm.name}' is a mixture of experts: no dropout, which peft does not have for them")
+    if lm.apart:
+        journal.note(f"'{lm.name}' is no plain transformer: sentences are read one to a line, which takes longer")
     sets = sets or steps.written_sets(
         writer, contexts, journal, author=wish.author, prompt=wish.prompt, pairs=wish.pairs, seed=seed,
         offline=wish.offline, endpoint=wish.endpoint, endpoint_model=wish.endpoint_model,

@@ -25,7 +25,7 @@ from selfparam.inject.memory import CACHE_BYTES, Kept, Tensors
 from selfparam.inject.objective import Target, Words, kl_tokens
 from selfparam.inject.pairs import Row, build_rows, pack
 from selfparam.inject.sharded import is_sharded, replicate
-from selfparam.inject.teacher import as_target, check_head, check_rows, head_of, teacher_targets
+from selfparam.inject.teacher import as_target, check_model, check_rows, head_of, teacher_targets
 from selfparam.inject.trainable import lean, make_trainable, multiplies_bf16
 from selfparam.lm import LM
 from selfparam.own import own_sentences
@@ -116,8 +116,9 @@ def inject(
     if short and is_sharded(lm.model):
         raise InjectionError("16-bit weights that are cut over processes cannot be trained themselves: load the model "
                              "with dtype float32 (its products are in bf16), or train 'lora'")
-    check_head(lm)
-    check_rows(lm)
+    check_model(lm, recipe)
+    if teacher:
+        check_rows(teacher)
     rows, prefixes = build_rows(lm, target_sets, recipe)
     if teacher and any(r.rehearsed for r in rows) and not torch.equal(head_of(teacher).weight, head_of(lm).weight):
         raise InjectionError("the teacher has another output head than the model that rehearses: train LoRA or MLP "
@@ -186,7 +187,7 @@ def _adapter_of(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 def _states(lm: LM, model: Any, rows: Sequence[Row]) -> torch.Tensor:
     pad = lm.bos[0]
     starts = [0] * len(rows)
-    packed = pack(rows, range(len(rows)), starts, 1, pad).to(lm.device)
+    packed = pack(rows, range(len(rows)), starts, 1, pad, lm.apart).to(lm.device)
     return lm.hidden(model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)[packed.index]
 
 

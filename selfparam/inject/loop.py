@@ -135,7 +135,8 @@ class _Student:
         pad = self.lm.tokenizer.pad_token_id if self.lm.tokenizer.pad_token_id is not None else self.lm.bos[0]
 
         def part_of(part: slice) -> None:
-            packed = pack(self.rows, mine[part] or chosen[:1], self.starts, self.width, pad).to(self.lm.device)
+            packed = pack(self.rows, mine[part] or chosen[:1], self.starts, self.width, pad, self.lm.apart
+                          ).to(self.lm.device)
             states = LM.hidden(self.model, input_ids=packed.ids, position_ids=packed.position_ids)
             if not mine:  # only there to gather the layers with the others
                 packed = replace(packed, index=packed.index[:0], source=packed.source[:0], weight=packed.weight[:0])

@@ -111,9 +111,15 @@ def offsets(rows: Sequence[Row]) -> list[int]:
     return found
 
 
-def pack(rows: Sequence[Row], chosen: Sequence[int], starts: Sequence[int], width: int, pad: int) -> Pack:
-    """Pack the chosen rows into even lines of about `width` tokens (or the longest row), with few unused places."""
+def pack(rows: Sequence[Row], chosen: Sequence[int], starts: Sequence[int], width: int, pad: int, apart: bool = False
+         ) -> Pack:
+    """Pack the chosen rows into even lines of about `width` tokens (or the longest row), with few unused places.
+
+    apart: every row in a line of its own.
+    """
     sizes = [len(rows[i].student) for i in chosen]
+    if apart:
+        return lay(rows, [[i] for i in chosen], starts, max(sizes), pad)
     few = max(1, sum(sizes) // max(width, *sizes))
 
     def places(lines: Sequence[Sequence[int]]) -> int:

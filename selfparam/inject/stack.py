@@ -22,7 +22,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from selfparam.errors import InjectionError, ModelError
-from selfparam.inject import Injection, merge, next_words, precision
+from selfparam.inject import Injection, inject, merge, next_words, precision
 from selfparam.inject.checkpoint import Position
 from selfparam.inject.loop import Trained, check_finite, factor
 from selfparam.inject.memory import Kept, fits
@@ -38,14 +38,13 @@ from selfparam.inject.pairs import (
     line_tokens,
     offsets,
 )
-from selfparam.inject.teacher import as_target, check_head, check_rows, head_of, teacher_targets
-from selfparam.inject.trainable import apply, lean, make_optimizers, make_trainable
+from selfparam.inject.teacher import as_target, check_model, head_of, teacher_targets
+from selfparam.inject.trainable import apply, experts, lean, make_optimizers, make_trainable
 from selfparam.lm import LM
 from selfparam.types import Recipe, TargetSet
 
 STACK = 8  # contexts trained together; memory for adapters, optimiser and activations grows with it
 LINE_TOKENS = 256  # packed lines are about this long: attention masks grow with its square
-DROPOUT = "with dropout a context would depend on the others in its stack: use none, or inject one by one"
 
 
 def refusal(recipe: Recipe) -> str:
@@ -56,25 +55,30 @@ def refusal(recipe: Recipe) -> str:
         return "what the model knew is held in one injection at a time: use known = 0, or inject one by one"
     if recipe.held_out:
         return "an early stop is decided on each context's own held-out pairs: use held_out = 0, or inject one by one"
-    return DROPOUT if recipe.lora_dropout else ""
+    if recipe.lora_dropout:
+        return "with dropout a context would depend on the others in its stack: use none, or inject one by one"
+    return ""
 
 
 def inject_each(lm: LM, target_sets: Sequence[TargetSet], recipe: Recipe, *, stack: int = STACK) -> Iterator[Injection]:
     """Write every target set into a θ' of its own; the same as [inject(lm, [one], recipe) for one in target_sets].
 
     `stack` of them are trained at a time, when the first of them is asked for. Merged weights, a whole model each, are
-    made as they are asked for: keep what you need. seconds_* of an Injection are its share of the stack's.
+    made as they are asked for: keep what you need. A model that has experts or drops out by itself (GPT-2) goes one by
+    one. seconds_* of an Injection are its share of the stack's.
     No curvature is measured: nothing follows. Raises InjectionError (a recipe that cannot be stacked, a stack that is
     below 1 or does not fit the memory, and as `inject`), ModelError and
     VerificationError as `inject`; one context that fails ends its whole stack.
     """
-    drops = any(isinstance(m, torch.nn.Dropout) and m.p for m in lm.model.modules())
-    if refusal(recipe) or drops:
-        raise InjectionError(refusal(recipe) or DROPOUT)
+    if said := refusal(recipe):
+        raise InjectionError(said)
     if stack < 1:
         raise InjectionError(f"a stack of {stack} holds no context: use at least 1")
-    check_head(lm)
-    check_rows(lm)
+    if experts(lm) or any(isinstance(m, torch.nn.Dropout) and m.p for m in lm.model.modules()):
+        for one in target_sets:
+            yield inject(lm, [one], recipe)
+        return
+    check_model(lm, recipe)
     for at in range(0, len(target_sets), stack):
         pupils = [_Pupil(*build_rows(lm, [one], recipe), recipe) for one in target_sets[at : at + stack]]
         seconds: list[float] = []
@@ -254,9 +258,13 @@ def _step(lm: LM, model: Any, adapters: _Adapters, pupils: Sequence[_Pupil], ste
 
 def _packs(lm: LM, pupils: Sequence[_Pupil], steps: Sequence[list[int]]) -> list[Pack]:
     """A pack of each pupil's rows, all of the same shape."""
-    tokens = max(line_tokens(one.rows, chosen) for one, chosen in zip(pupils, steps, strict=True))
-    count = max(1, tokens // LINE_TOKENS)
-    lines = [even_lines(one.rows, chosen, count) for one, chosen in zip(pupils, steps, strict=True)]
+    if lm.apart:
+        count = max(len(chosen) for chosen in steps)
+        lines = [[*([i] for i in chosen), *([] for _ in range(count - len(chosen)))] for chosen in steps]
+    else:
+        tokens = max(line_tokens(one.rows, chosen) for one, chosen in zip(pupils, steps, strict=True))
+        count = max(1, tokens // LINE_TOKENS)
+        lines = [even_lines(one.rows, chosen, count) for one, chosen in zip(pupils, steps, strict=True)]
     width = max(line_tokens(one.rows, line) for one, each in zip(pupils, lines, strict=True) for line in each)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     return [lay(one.rows, each, one.starts, width, pad).to(lm.device)

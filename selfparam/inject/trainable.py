@@ -1,7 +1,8 @@
 """Which weights are trained: LoRA (the paper's configuration), MLP matrices only, all, or peft's orthogonal subspace.
 
 Target modules are derived from the model, not from a list of architectures: every linear module of a decoder layer
-except the attention's last one (the paper's set q, k, v, up, down, gate). Refuses to know rows and losses.
+except the attention's last one (the paper's set q, k, v, up, down, gate), and the experts of a mixture. Refuses to know
+rows and losses.
 Sources: arXiv 2410.00487, A.2; OSF is a method of continual learning, arXiv 2504.07097.
 """
 
@@ -28,14 +29,22 @@ SHORT_LINE = 256  # tokens of a packed line up to which scores that are spelled 
 
 @torch.no_grad()
 def layer_linears(lm: LM) -> tuple[list[str], list[str]]:
-    """Full names of (attention input, MLP) matrices, found by watching one forward pass. Raises ModelError."""
-    if any(p.ndim == 3 and len(p) > 1 for p in lm.model.parameters()):
-        raise ModelError(f"the experts of '{lm.name}' are one weight of three dimensions, no matrices: train the full "
-                         "model instead")
+    """Full names of (attention input, MLP) matrices, found by watching one forward pass. Raises ModelError.
+
+    What has a convolution over tokens beside it (recurrent layers) counts as attention.
+    """
+    if odd := set(_stacked(lm)) - set(experts(lm)):
+        raise ModelError(f"'{min(odd)}' of '{lm.name}' is neither a matrix nor known as experts: train the full model "
+                         "instead")
     names = {m: n for n, m in lm.model.named_modules() if isinstance(m, LINEAR)}
     head = lm.model.get_output_embeddings()
     order: list[str] = []
-    hooks = [m.register_forward_hook(lambda m, *_: order.append(names[m])) for m in names if m is not head]
+
+    def passed(module: torch.nn.Module, _: Any, y: Any) -> None:
+        if isinstance(y, torch.Tensor):  # a router is no matrix product, even if it is one of linear modules
+            order.append(names[module])
+
+    hooks = [m.register_forward_hook(passed) for m in names if m is not head]
     try:
         lm.model(input_ids=torch.tensor([lm.bos * 2], device=lm.device), use_cache=False)
     finally:
@@ -44,11 +53,25 @@ def layer_linears(lm: LM) -> tuple[list[str], list[str]]:
     attention: list[str] = []
     mlp: list[str] = []
     for name in order:
-        (attention if "attn" in name.rsplit(".", 2)[-2] or "attention" in name.rsplit(".", 2)[-2] else mlp).append(name)
-    if not attention or not mlp:
+        parent = name.rpartition(".")[0]
+        mixes = any(isinstance(m, torch.nn.Conv1d) for m in lm.model.get_submodule(parent).children())
+        own = parent.rpartition(".")[2]
+        (attention if mixes or "attn" in own or "attention" in own else mlp).append(name)
+    if not attention or not (mlp or experts(lm)):
         raise ModelError(f"cannot tell attention from MLP matrices in '{lm.name}': train the full model instead")
     last = {name.rsplit(".", 1)[0]: name for name in attention}  # a module's last matrix projects the output
     return [n for n in attention if n not in last.values()], mlp
+
+
+def experts(lm: LM) -> list[str]:
+    """Full names of the weights [experts, …] that are a matrix for each expert of a mixture."""
+    return [name for name in _stacked(lm) if "expert" in name or "moe" in name]
+
+
+def _stacked(lm: LM) -> list[str]:
+    """Full names of weights that are several matrices, convolutions apart."""
+    return [f"{name}.{own}" for name, m in lm.model.named_modules() if not isinstance(m, torch.nn.Conv1d)
+            for own, p in m.named_parameters(recurse=False) if p.ndim == 3 and len(p) > 1]
 
 
 def lora_targets(lm: LM) -> list[str]:
@@ -63,6 +86,7 @@ def lora_targets(lm: LM) -> list[str]:
 def make_trainable(lm: LM, recipe: Recipe) -> Any:
     """The model to train: a peft model for LoRA and OSF, otherwise lm.model with gradients where the recipe says.
 
+    A LoRA on experts has no dropout, which peft does not have for them.
     OSF: the upper half of every matrix's singular values is held, gradients of the rest are made orthogonal to it.
     Raises ModelError for a model whose layers OSF does not know.
     """
@@ -70,6 +94,8 @@ def make_trainable(lm: LM, recipe: Recipe) -> Any:
     if recipe.train == "mlp":
         for name in layer_linears(lm)[1]:
             lm.model.get_submodule(name).requires_grad_(True)
+        for name in experts(lm):
+            lm.model.get_parameter(name).requires_grad_(True)
     if recipe.train in ("mlp", "full"):
         return lm.model
     if recipe.train == "osf" and any(isinstance(m, Conv1D) for m in lm.model.modules()):
@@ -77,8 +103,9 @@ def make_trainable(lm: LM, recipe: Recipe) -> Any:
     config: PeftConfig = OSFConfig(target_modules=lora_targets(lm)) if recipe.train == "osf" else LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
+        lora_dropout=0.0 if experts(lm) else recipe.lora_dropout,
         target_modules=lora_targets(lm),
+        target_parameters=experts(lm) or None,
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in lm.model.modules()),
     )
@@ -91,7 +118,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether products in bf16 are faster there than in float32. On other CPUs they are a hundred times slower."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    return device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 class Float32Muon(torch.optim.Muon):

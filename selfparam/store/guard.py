@@ -16,12 +16,13 @@ class Limits:
     """The largest values that pass.
 
     drift       nats per token from the parent on held-out unrelated text. 0.3 is a factor of 1.35 in perplexity. The
-                normal updates had 0.11 at most, those with a hundredfold learning rate about 5 and more
-    forgetting  mean F1 that the probes (questions about earlier contexts) may lose against the parent: 0.16 at most
-                in the normal updates
+                normal updates had 0.01 at most, 0.11 where they rehearsed, those with a hundredfold learning rate
+                about 5 and more
+    forgetting  mean F1 that the probes (questions about earlier contexts) may lose against the parent: 0.03 at most
+                in the normal updates, 0.16 where they rehearsed
     decay       mean F1 that they may lose against the best score that any earlier snapshot recorded for them: many
-                small losses in a row, each below `forgetting`. After 25 normal updates in a row it was 0.39, with the
-                weaker rehearsal of before 0.58 (docs/LOG.md)
+                small losses in a row, each below `forgetting`. In 30 normal updates in a row it was 0.13 at most, where
+                they rehearsed 0.51 (docs/LOG.md)
     surprise    nats per UTF-8 byte of a new context under the parent. Random letters cost every model at least
                 ln 26 = 3.26 on average (7.7 to 8.2 with digits and signs), prose far less: 0.2 to 0.5
     """

@@ -148,6 +148,8 @@ def export_adapter(store: Store, snapshot: Snapshot, out: str | Path) -> int:
     modules: set[str] = set()
     for one in chain:
         config = json.loads(store.text(one, ADAPTER_CONFIG))
+        if config.get("target_parameters"):
+            raise StoreError("the deltas of experts cannot be put side by side: export with --format hf")
         parts.append(_scaled(store, one, float(config["lora_alpha"]) / float(config["r"])))
         modules |= set(config["target_modules"])
     joined = _joined(parts)
