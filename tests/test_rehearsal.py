@@ -279,8 +279,9 @@ def test_subjects_come_back_with_a_changed_or_with_further_facts() -> None:
         assert not {q.text for q in first.questions} & {q.text for q in second.questions}
 
 
-def test_osf_trains_and_merges_or_refuses() -> None:
-    recipe = SMALL.but(train="osf", epochs=8, lr=1e-2, precision="fp32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_osf_trains_and_merges_or_refuses(precision: Any) -> None:
+    recipe = SMALL.but(train="osf", epochs=8, lr=1e-2, precision=precision)
     lm = tiny_lm()
     done = inject(lm, [SET], recipe)
     assert done.trained.losses[-1] < done.trained.losses[0] and done.merge_error < 1e-4

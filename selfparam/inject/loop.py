@@ -102,7 +102,8 @@ class _Student:
 
         def one(packed: Pack, h: torch.Tensor) -> None:
             loss = loss_of(h, self.head, self.targets.at(packed.source), packed.weight / total)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with torch.autocast(h.device.type, enabled=False):  # hooks on gradients (OSF) return them in their own type
+                loss.backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss.detach()))
 
         def undo() -> None:
