@@ -329,8 +329,9 @@ def test_injection_lowers_the_kl_and_leaves_the_teacher_alone(kind: str, train: 
         assert {k.removesuffix(".weight").removesuffix(".bias") for k in changed} == wanted
 
 
-def test_bf16_trains_too() -> None:
-    done = inject(tiny_lm("llama"), [a_set()], FAST.but(precision="bf16"))
+@pytest.mark.parametrize("kind", [*KINDS, *APART, *EXPERTS])
+def test_bf16_trains_too(kind: str) -> None:
+    done = inject(tiny_lm(kind), [a_set()], FAST.but(precision="bf16"))
     assert done.trained.losses[-1] < 0.8 * done.trained.losses[0]
 
 

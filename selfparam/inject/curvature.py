@@ -94,10 +94,10 @@ def measure(lm: LM, rows: Sequence[Row], seed: int = 0, before: Curvature | None
     used = torch.empty(0, dtype=torch.bool)
 
     def forward(module: torch.nn.Module, given: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
-        name, x = names[module], given[0].detach()[used].float()
+        name, x = names[module], given[0].detach().flatten(0, -2)[used].float()  # OPT's MLP has no lines
 
         def backward(gradient: torch.Tensor) -> None:
-            weighted = x * gradient[used].float().square().mean(1, keepdim=True).sqrt()
+            weighted = x * gradient.flatten(0, -2)[used].float().square().mean(1, keepdim=True).sqrt()
             with torch.autocast(x.device.type, enabled=False):  # sums over many contexts need float32
                 known = [directions[name]] if name in directions else []
                 directions[name] = strongest(torch.cat([*known, weighted]))
@@ -116,7 +116,7 @@ def measure(lm: LM, rows: Sequence[Row], seed: int = 0, before: Curvature | None
             order = order[len(part) :]
             lengths = torch.tensor([len(rows[i].student) for i in part])
             packed = lay(rows, [[i] for i in part], [0] * len(rows), int(lengths[0]), lm.bos[0]).to(lm.device)
-            used = (torch.arange(packed.ids.shape[1]) < lengths[:, None]).to(lm.device)
+            used = (torch.arange(packed.ids.shape[1]) < lengths[:, None]).flatten().to(lm.device)
             with torch.enable_grad():
                 h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)
                 r = torch.randn(len(packed.index), h.shape[1], generator=rng).to(h) * (packed.weight > 0)[:, None]
