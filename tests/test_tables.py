@@ -537,6 +537,8 @@ def test_plan_uses_measured_seconds(tmp_path: Path, model: str) -> None:
     [assumed] = plan(table, {}, tflops=1)
     [measured] = plan(table, rows_of(table, {"Base, Q": [0, 0, 0]}), tflops=1)
     assert not assumed.measured and assumed.missing == 4
+    failed = {cell.id: {"error": "too long"} for cell in cells_of(table)[:1]}
+    assert [(line.failed, line.missing) for line in plan(table, failed, tflops=1)] == [(1, 4)]
     assert (measured.measured, measured.missing, measured.seconds) == (True, 1, 3.0)
     assert parameters(table.models[0]) == pytest.approx(tiny_lm().parameters, rel=0.3)  # tied heads are stored once
     assert parameters(replace(table.models[0], name="no/model")) == 0
@@ -565,6 +567,10 @@ def test_plan_counts_what_is_trained_read_and_held(tmp_path: Path) -> None:
     assert planned("", **steps).memory_gb == pytest.approx(4 * (3 + 3 * 0.003))
     assert planned("at_once = true", **steps).memory_gb == planned("", more="per_step = 4\n", **steps).memory_gb == \
         planned("").memory_gb
+    kept = 'keep = "pairs"\nrecipe = { from = "small", epochs = 2 }\nratio = 0.0'
+    assert seconds(kept) == seconds(kept.replace("pairs", "nothing"))  # one injection keeps nothing
+    sequence = [planned(f"{kept}\n{more}", **steps).seconds or 0 for more in ("", "at_once = true")]
+    assert sequence[0] > 1.5 * sequence[1]  # each of the four steps trains on the pairs of those before it
     assert (planned("", "memoryllm").memory_gb, planned('checkpoint = "x"', "memoryllm").memory_gb) == (4, 8)
     films = read_table(ROOT / "tables" / "table3.toml")
     longer = replace(films, recommend=replace(films.recommend, tokens=2 * films.recommend.tokens))

@@ -125,3 +125,7 @@ def _show_plan(lines: list[Planned], tflops: float, machine: bool) -> None:
                       "rows" if line.measured else f"{tflops:.2g} TFLOP/s")
     total = sum(line.seconds or 0.0 for line in lines) / 3600
     output().print(shown, f"{sum(line.missing for line in lines)} cells to run, about {total:.2f} hours on one worker")
+    for line in lines:
+        if line.failed:
+            output().print(f"{plain(line.method)}: {line.failed} of {line.missing} failed before, and would be tried "
+                           "again ('selfparam table' says why)")

@@ -49,6 +49,7 @@ class Planned:
     """One method on one model. memory_gb: weights of θ and θ', gradients, optimiser; None where the size is unknown.
 
     seconds: of all cells that are missing; measured: whether from rows of this method, or from assumed speed.
+    failed: so many of the missing ones were tried and have an error in their row; they are tried again.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Planned:
     memory_gb: float | None
     seconds: float | None
     measured: bool
+    failed: int
 
 
 def plan(table: Table, rows: Mapping[str, Row], tflops: float) -> list[Planned]:
@@ -69,13 +71,14 @@ def plan(table: Table, rows: Mapping[str, Row], tflops: float) -> list[Planned]:
     found = []
     for (model, label, n), cells in groups.items():
         have = [rows[c.id] for c in cells if c.id in rows and "error" not in rows[c.id]]
+        failed = sum("error" in rows.get(c.id, {}) for c in cells)
         size = parameters(cells[0].model)
         missing = len(cells) - len(have)
         each = mean(sum(row["seconds"].values()) for row in have) if have else None
         if each is None and size:
             each = operations(table, cells[0].method, size, n) / (tflops * 1e12)
         found.append(Planned(model, label, n, len(cells), missing, memory(table, cells[0], size),
-                             each * missing if each is not None else None, bool(have)))
+                             each * missing if each is not None else None, bool(have), failed))
     return found
 
 
@@ -115,9 +118,11 @@ def operations(table: Table, method: MethodSpec, size: float, n: int) -> float:
     author = table.authors.get(method.author)
     pairs = n * (method.pairs or author.pairs) if author else 0
     unrelated = pairs * (0 if getattr(made, "on", "sentences") == "answers" else _ratio(made)) + n * recipe.rehearsal
-    trained = pairs + recipe.unrelated_share * unrelated
+    steps = n // table.per_step if table.protocol == "sequential" and not method.at_once else 1
+    again = pairs * (steps - 1) / 2 if getattr(made, "keep", "nothing") == "pairs" else 0
+    trained = pairs + again + recipe.unrelated_share * unrelated
     tokens = trained * SENTENCE_TOKENS or n * CONTEXT_TOKENS
-    teacher = n * CONTEXT_TOKENS + (pairs + unrelated) * SENTENCE_TOKENS if method.role == "ours" else 0
+    teacher = n * CONTEXT_TOKENS + (pairs + again + unrelated) * SENTENCE_TOKENS if method.role == "ours" else 0
     return reading + 6 * size * tokens * recipe.epochs + 2 * size * teacher
 
 
