@@ -31,13 +31,12 @@ def injection(found: dict[str, Any]) -> str:
 
 
 def reach(found: dict[str, Any]) -> str:
-    step = found.get("tokens_a_step")  # older numbers: PAPER's own
-    size = (f"about {step['paper']} tokens, one of ours {step['ours']}" if step else "1,024 tokens, one of ours fewer, "
-            "which slows what the paper's recipe learns in an epoch")
-    lines = [f"## To the same F1\n\n{found['contexts']} contexts, {found['machine']['threads']} threads; the paper's "
-             f"recipe written plainly, with learning rate {found['lr']:g}, and `SMALL`, a run for each number of "
-             f"epochs. A step of the paper's recipe has {size} (the paper does not say how many).\n\nThe "
-             f"paper trains for 50 epochs; here its first {found['paper'][-1]['epochs']} were run. "
+    step, machine = found["tokens_a_step"], found["machine"]
+    lines = [f"## To the same F1\n\n{found['contexts']} contexts, {machine['threads']} threads; the paper's recipe "
+             f"written plainly (float32), with learning rate {found['lr']:g}, and `SMALL` (products in "
+             f"{machine['ours']}), a run for each number of epochs. A step has about {step['paper']} tokens, one of "
+             f"ours {step['ours']} (the paper does not say how many).\n\nThe paper trains for 50 epochs; here its "
+             f"first {found['paper'][-1]['epochs']} were run. "
              "*sooner*: seconds to a point of the paper's recipe over our shortest run's with at least its F1.\n",
              "| recipe | epochs | seconds | F1 | ours, sooner |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| paper | {p['epochs']} | {p['seconds']:.1f} | {p['f1']:.3f} | {f'{n:.0f} times' if n else '-'} |"
