@@ -101,7 +101,7 @@ def check_readable(lm: LM, contexts: Sequence[Context], limits: Limits, force: b
         return None
     with journal.step("reading the documents"):
         found = [(surprise(lm, x.text), x.title or x.source or x.id) for x in contexts]
-    worst, name = max(found)
+    worst, name = max(found, key=lambda one: (math.isnan(one[0]), *one))
     if not worst <= limits.surprise and not force:
         raise RefusedError(f"'{name}' reads like random characters ({worst:.2f} nats per byte, limit "
                            f"{limits.surprise:g}): leave it out, or add --force; the head stays")

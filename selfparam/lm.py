@@ -33,6 +33,12 @@ LINEAR = (torch.nn.Linear, Conv1D)
 CONTEXT_HEAD, CONTEXT_TAIL = "Context: ", "\n\n"
 #: Weight of log P against another model's in `generate`: 2 log P - log P_against.
 GUIDANCE = 2.0
+#: What a model's generation settings may say otherwise: its own words are taken as likely as it finds them.
+PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0}
+#: In front of a chat template that prints the day: the same rows on every day, or nothing could be resumed on another.
+_DAY = ("{% macro strftime_now(form) %}{{ '2024-07-26' if '%m' in form else '26 July 2024' if '%B' in form else "
+        "'26 Jul 2024' }}{% endmacro +%}")
 _MARK = "\u2402\u2403"  # a string that no template contains, to find where the content goes
 #: Attributes of configurations whose effect on logits is not a plain linear head.
 _SCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -193,7 +199,9 @@ class LM:
             user = [{"role": "user", "content": _MARK}]
             both = [*user, {"role": "assistant", "content": _MARK}]
             try:
-                shown = partial(self.tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+                template = self.tokenizer.get_chat_template()
+                shown = partial(self.tokenizer.apply_chat_template, tokenize=False, enable_thinking=False,
+                                chat_template=_DAY + template if "strftime_now" in template else template)
                 asked, told = shown(user, add_generation_prompt=True), shown(both)
             except Exception as error:
                 raise ModelError(
@@ -203,9 +211,11 @@ class LM:
                 raise ModelError(
                     f"the chat template of '{self.name}' does not show every turn's words once: repair the template"
                 )
-            head, tail, end = (
-                self.encode(part, template=True) for part in (*asked.split(_MARK), told.rsplit(_MARK, 1)[-1])
-            )
+            before, between = asked.split(_MARK)
+            _, turn, after = told.split(_MARK)
+            if turn.startswith(between) and turn[len(between) :].strip():
+                between = turn  # the words have a place of their own in the turn (a channel)
+            head, tail, end = (self.encode(part, template=True) for part in (before, between, after))
             self._chat = (head or self.bos, tail, end or [self.tokenizer.eos_token_id])
         return self._chat
 
@@ -267,7 +277,9 @@ class LM:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         stops |= set(configured if isinstance(configured, list) else [configured]) - {None}
         if self.is_chat:
-            stops.add(self.chat_parts()[2][0])
+            end = self.chat_parts()[2]  # may begin with a blank, which answers have, too
+            special = set(self.tokenizer.all_special_ids)
+            stops |= {i for i in end if i in special} or ({end[0]} if self.decode(end[:1]).strip() else set())
         return sorted(stops)
 
     @torch.no_grad()
@@ -302,12 +314,15 @@ class LM:
         found: list[str] = [""] * len(rows)
         at = 0
         while at < len(order):
-            width = len(rows[order[at]]) + max_new_tokens
-            size = max(1, min(len(order) - at, batch_tokens // width, batch_rows))
+            room = self._room(rows[order[at]], max_new_tokens)
+            size = max(1, min(len(order) - at, batch_tokens // (len(rows[order[at]]) + max_new_tokens), batch_rows))
+            while size > 1 and not (self._room(last := rows[order[at + size - 1]], max_new_tokens) == room
+                                    and size * (len(last) + max_new_tokens) <= batch_tokens):
+                size -= 1  # of the longest row, and no answer is shorter because of its neighbours
             part = order[at : at + size]
             texts = self._generate_batch(
                 [rows[i] for i in part],
-                max_new_tokens,
+                room,
                 temperature,
                 top_p,
                 stop,
@@ -321,6 +336,10 @@ class LM:
             if progress:
                 progress(at, len(order))
         return found
+
+    def _room(self, row: Sequence[int], wanted: int) -> int:
+        """How many tokens may follow a row."""
+        return min(wanted, self.window - len(row))
 
     def _generate_batch(
         self,
@@ -340,14 +359,13 @@ class LM:
         for i, row in enumerate(rows):
             ids[i, width - len(row) :] = torch.tensor(list(row), device=self.device)
             mask[i, width - len(row) :] = 1
-        options: dict[str, Any] = {"do_sample": temperature > 0}
+        options: dict[str, Any] = {"do_sample": temperature > 0, **PLAIN}
         if temperature > 0:
-            options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+            options |= {"temperature": temperature, "top_p": top_p, **PLAIN_SAMPLING}
         if against:
             options["logits_processor"] = LogitsProcessorList([Guidance(GUIDANCE, against.model, ids, mask)])
         if stop:
             options |= {"stop_strings": [stop], "tokenizer": self.tokenizer}
-        new = min(new, self.window - width)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), quiet():
             torch.manual_seed(seed)
             out = self.model.generate(

@@ -242,7 +242,7 @@ def first_of(history: Sequence[dict[str, Any]], journal: Journal, *, device: str
     """The model before the first injection of a directory's history; None where it is not at hand, which is noted."""
     base = history[0]["base"]
     try:
-        first = load(str(base["name"]), journal, device=device, offline=True)
+        first = load(str(base["name"]), journal, dtype=str(base["dtype"]), device=device, offline=True)
         if first.parameters == base["parameters"]:
             return first
     except ModelError:

@@ -20,7 +20,7 @@ Train = Literal["lora", "mlp", "full", "osf"]
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("epochs", "lora_rank", "lora_alpha", "batch_tokens", "patience"),
                     ("at least 1", lambda v: v >= 1)),
-    **dict.fromkeys(("lr", "clip"), ("above 0", lambda v: v > 0)),
+    **dict.fromkeys(("lr", "clip", "unrelated_weight"), ("above 0", lambda v: v > 0)),
     **dict.fromkeys(("lora_dropout", "warmup", "unrelated_share", "held_out"), ("from 0 to 1", lambda v: 0 <= v <= 1)),
     "seed": ("any", lambda v: True),
 }

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,20 @@ def test_checkpoints_of_another_injection_are_refused(tmp_path: Path, change: di
         trained(RECIPE, StopsAt(tmp_path, 1))
     with pytest.raises(ModelError, match="belongs to other weights, sentences or settings"):
         trained(RECIPE.but(**change), Checkpoints(tmp_path))
+
+
+def test_checkpoints_with_another_teacher_curvature_or_known_sentences_are_refused(tmp_path: Path) -> None:
+    held = RECIPE.but(retention=1.0)
+    curvature = inject(tiny_lm(), SETS, held).curvature
+    changes: list[dict[str, Any]] = [{"teacher": tiny_lm(seed=1)}, {"curvature": curvature},
+                                     {"known": (Sentence("Who rows?", "Ann"),)}]
+    for change in changes:
+        with pytest.raises(StoppedError):
+            inject(tiny_lm(), SETS, held, known=change.get("known", ()), checkpoints=StopsAt(tmp_path, 1))
+        other = {"known": (), **change} if "known" not in change else {"known": ()}
+        with pytest.raises(ModelError, match="belongs to other weights, sentences or settings"):
+            inject(tiny_lm(), SETS, held, checkpoints=Checkpoints(tmp_path), **other)
+        shutil.rmtree(tmp_path)
 
 
 def test_saved_at_the_interval(tmp_path: Path) -> None:

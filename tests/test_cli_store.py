@@ -261,13 +261,18 @@ def test_the_guard_keeps_aside_and_force_is_recorded(run: Run) -> None:
     assert "forced" in run("log", "st")[1]
 
 
-def test_random_characters_are_not_even_begun(run: Run) -> None:
+def test_random_characters_are_not_even_begun(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     make(run)
     settings = json.loads(Path("st/store.json").read_text())
     settings["limits"]["surprise"] = 1.0
     Path("st/store.json").write_text(json.dumps(settings))
     code, _, err = learn(run, "lamp")
     assert code == 2 and "reads like random characters" in err
+    found = iter([0.5, float("nan")])
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "surprise", lambda *_: next(found))
+        code, _, err = run("inject", "st", "lamp.txt", "boat.txt", "--author", "lamp.jsonl")
+    assert code == 2 and "nan nats per byte" in err  # wherever it stands among the documents
     assert len(Store.open("st").ids()) == 1
     assert learn(run, "lamp", "--force")[0] == 0
     assert "surprise" in Store.open("st").find().faults[0]

@@ -204,6 +204,33 @@ def test_its_size_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.numbers == 4 * sum(f.shape[1] for f in found.directions.values())
 
 
+def test_fewer_rows_are_read_together_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, room = tiny_lm(), importlib.import_module("selfparam.inject.curvature")
+    rows = [*rows_of(lm), *rows_of(lm)]
+    longest = max(len(r.student) for r in rows)
+    monkeypatch.setattr(room, "TOKENS", 2 * longest)
+    expected = moments_of(measure(lm, rows))
+    monkeypatch.setattr(room, "TOKENS", 4 * longest)
+    tried, hidden = [], LM.hidden
+
+    def short(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+        tried.append(len(inputs["input_ids"]))
+        found = hidden(model, **inputs)  # the hooks are there already
+        if tried[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return found
+
+    monkeypatch.setattr(LM, "hidden", staticmethod(short))
+    limit = 2
+    found = moments_of(measure(lm, rows))
+    assert tried[0] == 4 and set(tried[1:]) == {2}
+    for name, moment in expected.items():
+        torch.testing.assert_close(found[name], moment)
+    limit = 0
+    with pytest.raises(InjectionError, match="one sentence alone does not fit"):
+        measure(lm, rows)
+
+
 def test_sums_are_float32_where_training_is_not() -> None:
     one = inject(tiny_lm(), [SET], EXACT.but(retention=1.0, precision="bf16"))
     assert one.curvature and {f.dtype for f in one.curvature.directions.values()} == {torch.float32}

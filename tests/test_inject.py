@@ -22,7 +22,7 @@ from selfparam.inject.loop import check_finite
 from selfparam.inject.objective import Head, kl, kl_tokens, next_word
 from selfparam.inject.pairs import SHAPE, STEPS, WORD, Row, build_rows, epoch_steps, offsets, pack
 from selfparam.inject.stack import inject_each
-from selfparam.inject.teacher import check_head, check_rows, head_of, teacher_states
+from selfparam.inject.teacher import check_head, check_model, check_rows, head_of, teacher_states
 from selfparam.inject.trainable import (
     Float32Muon,
     experts,
@@ -210,6 +210,16 @@ def test_a_head_of_another_width_is_refused() -> None:
     lm.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with pytest.raises(ModelError, match="more than a linear head"):
         inject(lm, [a_set()], FAST)
+
+
+def test_a_model_that_is_left_in_training_with_dropout_is_checked_without_it() -> None:
+    lm = tiny_lm("gpt2")
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    lm.model.train()
+    check_model(lm, FAST)
+    assert lm.model.training
 
 
 def test_names_of_special_tokens_in_texts_are_words() -> None:
@@ -506,6 +516,7 @@ def test_a_loss_that_is_not_finite_is_one_line() -> None:
     ({"held_out": 0.3, "patience": 0}, "patience"), ({"epochs": 0}, "epochs"), ({"epochs": 2.5}, "a whole number"),
     ({"lr": 0.0}, "lr is 0.0: it must be above 0"), ({"lr": float("nan")}, "lr is nan"), ({"lr": "1e-3"}, "a number"),
     ({"top_k": -1}, "top_k is -1: it must be at least 0"), ({"unrelated_share": 1.5}, "from 0 to 1"),
+    ({"unrelated_weight": 0.0}, "above 0"),
     ({"train": "loora"}, "one of lora, mlp, full, osf"), ({"objective": "klx"}, "objective"),
     ({"precision": "float16"}, "precision"), ({"seed": True}, "seed"), ({"teacher_sees_x": 2}, "true or false"),
 ])

@@ -81,6 +81,7 @@ def test_compact_is_below_exact_and_comes_up_to_it() -> None:
         assert bool((fewer <= more + 1e-5).all())
     assert torch.allclose(found[-1], exact, atol=1e-5)
     assert float(found[0].mean()) < 0.9 * float(exact.mean())
+    assert loss_of_tokens(h[:0].to("meta"), head, Exact(t, head)).device.type == "meta"  # of no rows, where they are
     same = loss_of_tokens(t, head, Compact.of(head.logits(t), 4))
     assert float(same.abs().max()) == 0.0
 

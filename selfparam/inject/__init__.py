@@ -88,7 +88,8 @@ def inject(
 ) -> Injection:
     """Write the contexts of the target sets into the weights.
 
-    lm stays as it is unless in_place (saves one copy of the weights). teacher: another θ to read x than lm itself (in a
+    lm stays as it is unless in_place (saves one copy of the weights; after an error it is half trained: load it again).
+    teacher: another θ to read x than lm itself (in a
     sequence of injections, the first one, with the same output head); what is rehearsed is always lm's own.
     curvature: of the injections before, which the recipe's retention holds. known: where there is none, sentences that
     are held from here on, together as firmly as an epoch is learned (None: the model writes recipe.known of them).
@@ -136,7 +137,8 @@ def inject(
         torch.manual_seed(recipe.seed)
         begin = clock(student.device)
         if checkpoints:
-            checkpoints.about(student.model, rows, recipe)
+            checkpoints.about(student.model, rows, recipe, teacher and teacher.model,
+                              curvature.directions if curvature else None, known)
         if known and recipe.retention and not curvature:
             own, _ = build_rows(lm, [TargetSet(Context(""), (), tuple(known))], recipe)
             curvature = measure(student, own, recipe.seed).weighing(scored_in_epoch(rows, recipe))

@@ -15,7 +15,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,12 @@ class Position:
         return self.losses[-1]
 
 
+def _some(tensors: Iterable[torch.Tensor]) -> str:
+    """Some numbers of each, which say which they are."""
+    flat = (t.detach().flatten() for t in tensors)
+    return repr([one[:: max(1, one.numel() // 16)].float().tolist() for one in flat])
+
+
 class Checkpoints:
     """The checkpoints of one injection in a folder of its own.
 
@@ -76,13 +82,15 @@ class Checkpoints:
 
     # --- the teacher --------------------------------------------------------------------------------------------
 
-    def about(self, model: Any, rows: object, recipe: object) -> None:
-        """What is trained, on what, how: checkpoints of anything else are refused. Before everything else."""
-        some = []
-        for weight in model.parameters():
-            flat = weight.detach().flatten()
-            some.append(flat[:: max(1, flat.numel() // 16)].float().tolist())
-        self._about = content_hash(repr(some), repr(rows), repr(recipe))
+    def about(self, model: Any, rows: object, recipe: object, teacher: Any = None,
+              held: Mapping[str, torch.Tensor] | None = None, known: object = None) -> None:
+        """What is trained, on what, how: checkpoints of anything else are refused. Before everything else.
+
+        teacher: another model than the one that is trained. held: directions of a curvature. known: sentences.
+        """
+        others = [_some(teacher.parameters()) if teacher else "", _some((held or {}).values()) if held else "",
+                  repr(known) if known else ""]
+        self._about = content_hash(_some(model.parameters()), repr(rows), repr(recipe), *filter(None, others))
 
     def teacher(self, make: Callable[[], Tensors]) -> Tensors:
         """The teacher's targets, from the checkpoint where they are sound (mapped, not read), else made and kept."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from selfparam.errors import InjectionError, ModelError
+from selfparam.inject.memory import fits
 from selfparam.inject.pairs import Row, lay
 from selfparam.inject.trainable import layer_linears
 from selfparam.lm import LM, Conv1D
@@ -86,7 +88,8 @@ def strongest(rows: torch.Tensor, rank: int = RANK) -> torch.Tensor:
 def measure(lm: LM, rows: Sequence[Row], seed: int = 0, before: Curvature | None = None) -> Curvature:
     """Of the rows, as the model reads them from memory (without x), and of what was measured before.
 
-    Weights stay as they are and get no gradients.
+    Weights stay as they are and get no gradients. Where memory is short, fewer rows are read together; raises
+    InjectionError where one alone does not fit.
     """
     before = before or Curvature()
     names = {lm.model.get_submodule(name): name for group in layer_linears(lm) for name in group}
@@ -109,18 +112,30 @@ def measure(lm: LM, rows: Sequence[Row], seed: int = 0, before: Curvature | None
     hooks = [module.register_forward_hook(forward) for module in names]
     lm.model.enable_input_require_grads()
     rng = torch.Generator().manual_seed(seed)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].student))
+    order, most = sorted(range(len(rows)), key=lambda i: -len(rows[i].student)), TOKENS
+
+    def read(part: Sequence[int]) -> None:
+        nonlocal used
+        lengths = torch.tensor([len(rows[i].student) for i in part])
+        packed = lay(rows, [[i] for i in part], [0] * len(rows), int(lengths[0]), lm.bos[0]).to(lm.device)
+        used = (torch.arange(packed.ids.shape[1]) < lengths[:, None]).flatten().to(lm.device)
+        with torch.enable_grad():
+            h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)
+            r = torch.randn(len(packed.index), h.shape[1], generator=rng).to(h) * (packed.weight > 0)[:, None]
+            (h[packed.index] * r).sum().backward()  # type: ignore[no-untyped-call]
+
     try:
         while order:
-            part = order[: max(1, TOKENS // len(rows[order[0]].student))]
-            order = order[len(part) :]
-            lengths = torch.tensor([len(rows[i].student) for i in part])
-            packed = lay(rows, [[i] for i in part], [0] * len(rows), int(lengths[0]), lm.bos[0]).to(lm.device)
-            used = (torch.arange(packed.ids.shape[1]) < lengths[:, None]).flatten().to(lm.device)
-            with torch.enable_grad():
-                h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)
-                r = torch.randn(len(packed.index), h.shape[1], generator=rng).to(h) * (packed.weight > 0)[:, None]
-                (h[packed.index] * r).sum().backward()  # type: ignore[no-untyped-call]
+            longest = len(rows[order[0]].student)
+            part = order[: max(1, most // longest)]
+            begun, drawn = dict(directions), rng.get_state()
+            if fits(partial(read, part), last=len(part) == 1):
+                order = order[len(part) :]
+            else:
+                directions.clear()
+                directions.update(begun)
+                rng.set_state(drawn)
+                most = len(part) * longest // 2
     finally:
         lm.model.disable_input_require_grads()
         for hook in hooks:

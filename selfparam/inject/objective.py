@@ -197,7 +197,7 @@ def loss_of_tokens(h: torch.Tensor, head: Head, target: Target) -> torch.Tensor:
     """The loss of each token in nats [N], without gradient (for measuring)."""
     parts = [slice(at, at + CHUNK) for at in range(0, len(h), CHUNK)]
     found = [target.meet(head.logits(h[part]), part)[0] for part in parts]
-    return torch.cat(found) if found else torch.empty(0)
+    return torch.cat(found) if found else torch.empty(0, device=h.device)
 
 
 def kl_tokens(h: torch.Tensor, head: Head, teacher_h: torch.Tensor, teacher: Head) -> torch.Tensor:

@@ -9,7 +9,8 @@ on. Source: Eq. 2 of arXiv 2410.00487, P_θ(s|x).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -59,8 +60,9 @@ def check_model(lm: LM, recipe: Recipe) -> None:
 def check_head(lm: LM) -> None:
     """ModelError when head(last hidden state) is not what the model itself returns as logits."""
     ids = torch.tensor([lm.bos * 4], device=lm.device)
-    expected = lm.model(input_ids=ids, use_cache=False).logits[0].float()
-    head, states = head_of(lm), lm.hidden(lm.model, input_ids=ids)[0]
+    with _without_dropout(lm):
+        expected = lm.model(input_ids=ids, use_cache=False).logits[0].float()
+        head, states = head_of(lm), lm.hidden(lm.model, input_ids=ids)[0]
     if head.weight.shape[1] != states.shape[1] or not torch.allclose(
             head.logits(states), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max() + 1e-6)):
         raise ModelError(
@@ -75,20 +77,27 @@ def check_rows(lm: LM) -> None:
     Raises ModelError where a row depends even on the padding behind it.
     """
     one, two = ([*lm.bos, *lm.encode(text)[:8]] for text in ("The red lamp stands on the hill.", "Who sails at night?"))
-    training = lm.model.training
-    lm.model.eval()
     try:
-        lm.apart = not _packs(lm, one, two)
-        same = not lm.apart or _near(lm, _lines(lm, [two, [*one, *two]])[0, : len(two)], _lines(lm, [two])[0])
+        with _without_dropout(lm):
+            lm.apart = not _packs(lm, one, two)
+            same = not lm.apart or _near(lm, _lines(lm, [two, [*one, *two]])[0, : len(two)], _lines(lm, [two])[0])
     except ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(f"'{lm.name}' cannot read rows ({type(error).__name__}): not supported, use another "
                          "architecture") from error
-    finally:
-        lm.model.train(training)
     if not same:
         raise ModelError(f"'{lm.name}' reads what stands behind a word: not supported, use a causal language model")
+
+
+@contextmanager
+def _without_dropout(lm: LM) -> Iterator[None]:
+    training = lm.model.training
+    lm.model.eval()
+    try:
+        yield
+    finally:
+        lm.model.train(training)
 
 
 def _packs(lm: LM, one: Sequence[int], two: Sequence[int]) -> bool:
