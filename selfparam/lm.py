@@ -193,6 +193,12 @@ class LM:
         bos = self.tokenizer.bos_token_id
         return [bos if bos is not None else self.tokenizer.eos_token_id]
 
+    @property
+    def pad(self) -> int:
+        """What fills the places of a batch that nobody reads."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.bos[0])
+
     def chat_parts(self) -> tuple[list[int], list[int], list[int]]:
         """Ids in front of the user's words, between them and the answer, and behind the answer (chat template)."""
         if self._chat is None:
@@ -352,9 +358,8 @@ class LM:
         seed: int,
         against: LM | None,
     ) -> list[str]:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         width = max(len(r) for r in rows)
-        ids = torch.full((len(rows), width), pad, device=self.device)
+        ids = torch.full((len(rows), width), self.pad, device=self.device)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, width - len(row) :] = torch.tensor(list(row), device=self.device)
@@ -372,7 +377,7 @@ class LM:
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=new,
-                pad_token_id=pad,
+                pad_token_id=self.pad,
                 eos_token_id=ends,
                 use_cache=True,
                 **options,

@@ -187,9 +187,8 @@ def _adapter_of(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def _states(lm: LM, model: Any, rows: Sequence[Row]) -> torch.Tensor:
-    pad = lm.bos[0]
     starts = [0] * len(rows)
-    packed = pack(rows, range(len(rows)), starts, 1, pad, lm.apart).to(lm.device)
+    packed = pack(rows, range(len(rows)), starts, 1, lm.pad, lm.apart).to(lm.device)
     return lm.hidden(model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)[packed.index]
 
 

@@ -117,7 +117,7 @@ def measure(lm: LM, rows: Sequence[Row], seed: int = 0, before: Curvature | None
     def read(part: Sequence[int]) -> None:
         nonlocal used
         lengths = torch.tensor([len(rows[i].student) for i in part])
-        packed = lay(rows, [[i] for i in part], [0] * len(rows), int(lengths[0]), lm.bos[0]).to(lm.device)
+        packed = lay(rows, [[i] for i in part], [0] * len(rows), int(lengths[0]), lm.pad).to(lm.device)
         used = (torch.arange(packed.ids.shape[1]) < lengths[:, None]).flatten().to(lm.device)
         with torch.enable_grad():
             h = lm.hidden(lm.model, input_ids=packed.ids, position_ids=packed.position_ids).flatten(0, 1)

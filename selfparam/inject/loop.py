@@ -133,10 +133,9 @@ class _Student:
 
     def _run(self, chosen: Sequence[int], one: Callable[[Pack, torch.Tensor], None], undo: Callable[[], None]) -> None:
         mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes] if self.accelerator else chosen
-        pad = self.lm.tokenizer.pad_token_id if self.lm.tokenizer.pad_token_id is not None else self.lm.bos[0]
 
         def part_of(part: slice) -> None:
-            packed = pack(self.rows, mine[part] or chosen[:1], self.starts, self.width, pad, self.lm.apart
+            packed = pack(self.rows, mine[part] or chosen[:1], self.starts, self.width, self.lm.pad, self.lm.apart
                           ).to(self.lm.device)
             states = LM.hidden(self.model, input_ids=packed.ids, position_ids=packed.position_ids)
             if not mine:  # only there to gather the layers with the others

@@ -266,8 +266,7 @@ def _packs(lm: LM, pupils: Sequence[_Pupil], steps: Sequence[list[int]]) -> list
         count = max(1, tokens // LINE_TOKENS)
         lines = [even_lines(one.rows, chosen, count) for one, chosen in zip(pupils, steps, strict=True)]
     width = max(line_tokens(one.rows, line) for one, each in zip(pupils, lines, strict=True) for line in each)
-    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
-    return [lay(one.rows, each, one.starts, width, pad).to(lm.device)
+    return [lay(one.rows, each, one.starts, width, lm.pad).to(lm.device)
             for one, each in zip(pupils, lines, strict=True)]
 
 

@@ -211,8 +211,7 @@ def _on_prefix(lm: LM, prefix: Sequence[int], cache: Any, sentences: Sequence[Se
 
 def _lines(lm: LM, lines: Sequence[Sequence[int]], begin: int = 0, cache: Any = None) -> torch.Tensor:
     """States [B, T, d] of lines, padded at their ends, from the position `begin` on."""
-    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     width = max(len(line) for line in lines)
-    ids = torch.tensor([[*line, *[pad] * (width - len(line))] for line in lines], device=lm.device)
+    ids = torch.tensor([[*line, *[lm.pad] * (width - len(line))] for line in lines], device=lm.device)
     positions = torch.arange(begin, begin + width, device=lm.device).expand_as(ids)
     return lm.hidden(lm.model, input_ids=ids, position_ids=positions, past_key_values=cache)
