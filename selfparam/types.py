@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from selfparam.errors import InjectionError
 
@@ -24,6 +25,29 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("lora_dropout", "warmup", "unrelated_share", "held_out"), ("from 0 to 1", lambda v: 0 <= v <= 1)),
     "seed": ("any", lambda v: True),
 }
+
+
+def misfit(value: object, kind: Any) -> str:
+    """What a value from a file must be, by an annotation: "" where it is that, or where the annotation is another kind.
+
+    Knows Literal, bool, int, float, str, sequences of them (not empty), and unions with None.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "" if value in args else f"one of {', '.join(args)}"
+    if origin in (Union, UnionType):
+        found = [misfit(value, one) for one in args if one is not NoneType]
+        return "" if value is None or not all(found) else found[0]
+    if origin is Sequence:
+        whole = isinstance(value, (list, tuple)) and value and not any(misfit(one, args[0]) for one in value)
+        return "" if whole else f"a list, of which each is {_WORDS[args[0]]}"
+    if kind not in _WORDS:
+        return ""
+    wrong = isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind)
+    return _WORDS[kind] if wrong else ""
+
+
+_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def content_hash(*parts: str) -> str:
@@ -153,14 +177,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Recipe).items():
             value, words = getattr(self, name), get_args(kind)
-            must, holds = _RANGES.get(name, ("at least 0", lambda v: v >= 0))
-            if words:
-                must, right = f"one of {', '.join(words)}", value in words
-            elif isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, kind)):
-                must, right = {bool: "true or false", int: "a whole number"}.get(kind, "a number"), False
-            else:
-                right = holds(value)
-            if not right:
+            least, holds = _RANGES.get(name, ("at least 0", lambda v: v >= 0))
+            must = misfit(value, kind)
+            if not must and not words and not holds(value):
+                must = least
+            if must:
                 raise InjectionError(f"the recipe's {name} is {value!r}: it must be {must}")
 
     def but(self, **changes: Any) -> Recipe:

@@ -128,10 +128,10 @@ def test_without_pairs_nothing_is_trained_and_said(lm: LM, name: str) -> None:
     [
         ("bm26", {}, "no method 'bm26': use one of base, bm25"),
         ("bm25", {"depth": 4}, "method 'bm25' has no option 'depth': it has top, mode"),
-        ("bm25", {"mode": "okapy"}, "mode = 'okapy' is none of 'okapi', 'lucene'"),
+        ("bm25", {"mode": "okapy"}, "mode = 'okapy' must be one of okapi, lucene"),
         ("selfparam", {"recipe": "large"}, "recipe from 'large': use one of paper"),
         ("selfparam", {"recipe": {"from": "small", "epoch": 3}}, "a recipe has no option 'epoch'"),
-        ("selfparam", {"recipe": {"from": "small", "train": "most"}}, "train = 'most' is none of 'lora'"),
+        ("selfparam", {"recipe": {"from": "small", "train": "most"}}, "train = 'most' must be one of lora"),
     ],
 )
 def test_wrong_options_are_named(name: str, options: dict[str, Any], says: str) -> None:

@@ -90,6 +90,9 @@ def test_shortened_drops_the_oldest_turns(lm: LM) -> None:
     assert shortened(lm, said, whole - 1) == "\nSystem: Two.\nUser: Three.\nSystem: "
     assert shortened(lm, said, 1) == "\nUser: Three.\nSystem: "
     assert shortened(lm, said, whole - 1, BARE) == said
+    plain = "User: One.\nUser: Two.\nSystem: "  # no line break in front: a row of the user's own
+    assert shortened(lm, plain, len(lm.question(request(plain)))) == plain
+    assert shortened(lm, plain, 1) == "\nUser: Two.\nSystem: "
 
 
 def test_recommendations_of_the_teacher_become_targets(lm: LM) -> None:

@@ -20,8 +20,9 @@ import pytest
 
 from selfparam import methods
 from selfparam.cli import main
+from selfparam.data.benchmarks import BENCHMARKS
 from selfparam.data.items import Item
-from selfparam.errors import InjectionError, TableError
+from selfparam.errors import ContextError, InjectionError, TableError
 from selfparam.experiments import render, rows, run
 from selfparam.experiments.authors import sets_by, with_mistakes
 from selfparam.experiments.figure import draw
@@ -185,6 +186,14 @@ def test_the_papers_tables_are_balanced_and_train_no_short_weights(path: Path) -
         (('method = "knows"', 'method = "knows"\nagainst = "me"'), "no method is called 'me'"),
         (('method = "knows"', 'method = "selfparam"\nauthor = "oracle"\nrecipe = { from = "small", lr = -1.0 }'),
          "the recipe's lr is -1.0: it must be above 0"),
+        (('method = "knows"', 'method = ["knows"]'), "method = ['knows'] is no str"),
+        (('method = "knows"', 'method = "knows"\nfirst = -1'), "first = -1 is below 0"),
+        (('method = "knows"', 'method = "bm25"\ntop = "4"'), "top = '4' must be a whole number"),
+        (('method = "knows"', 'method = "bm25"\ntop = -1'), "top = -1 must be at least 0"),
+        (('method = "knows"', 'method = "selfparam"\nauthor = "oracle"\nrecipe = 3'), "recipe = 3 is neither a name"),
+        (('method = "knows"', 'method = "knows"\npaper = 0.5'), "paper = 0.5 is no table"),
+        (("contexts = 3", "contexts = true"), "'contexts' must be a number"),
+        (('kind = "oracle"', 'kind = "oracle"\nof = "me"'), "'of' is for the kinds erring and recommending"),
         (("[[models]]", "[models]"), "no [[models]]: write at least one"),
         (("[data]", "[data"), "no TOML"),
     ],
@@ -374,6 +383,16 @@ def test_real_methods_in_processes_give_the_rows_of_one_process(tmp_path: Path, 
     assert [stable(row) for row in lines(table)] == [stable(row) for row in alone]
     assert alone[2]["kl"] > 0 and alone[2]["kl"] == pytest.approx(lines(table)[2]["kl"], rel=1e-3)
     assert alone[2]["settings"]["options"]["recipe"]["epochs"] == 1 and alone[2]["pairs"] == 2
+
+
+def test_an_error_in_one_process_keeps_what_the_others_finish(tmp_path: Path, model: str) -> None:
+    train = 'author = "oracle"\nratio = 0.0\nrecipe = { from = "small", epochs = 2, precision = "fp32" }'
+    body = REAL.format(label="SELF-PARAM", method="selfparam", more=train) + REAL.format(
+        label="DPR", method="dpr", more='question_encoder = "no/such"\ncontext_encoder = "no/such"')
+    table = make(tmp_path, model, body, contexts=1)
+    with pytest.raises(TableError, match="no/such"):
+        run_table(table, workers=2)
+    assert [row["method"] for row in lines(table)] == ["SELF-PARAM"]
 
 
 def test_stacked_rows_are_those_of_one_by_one(tmp_path: Path, model: str) -> None:
@@ -614,7 +633,14 @@ def test_an_author_tells_after_every_round_how_far_it_is(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("kind", "says"),
                          [('kind = "world"', "data.kind = 'world' is none of worlds, revisits, pwc, jsonl"),
-                          ('kind = "jsonl"', "needs a path"),
+                          ('kind = "jsonl"', "data of the kind 'jsonl' needs 'path'"),
+                          ('kind = ["worlds"]', "data.kind = ['worlds'] is none of worlds"),
+                          ('kind = "worlds"\nwordings = "heldout"', "wordings = 'heldout' must be one of known, held"),
+                          ('kind = "worlds"\nfacts = 4', "data.facts = 4 must be a list, of which each is"),
+                          ('kind = "worlds"\nfacts = []', "data.facts = [] must be a list, of which each is"),
+                          ('kind = "worlds"\nasked = "two"', "data.asked = 'two' must be a whole number"),
+                          ('kind = "worlds"\nseed = "x"', "data.seed = 'x' must be a whole number"),
+                          ('kind = "revisits"\napart = 0', "data.apart = 0 must be at least 1"),
                           ('kind = "worlds"\nsize = 3', "data of the kind 'worlds' has no 'size'")])
 def test_wrong_data_is_named(tmp_path: Path, model: str, kind: str, says: str) -> None:
     table = make(tmp_path, model, BASE)
@@ -623,6 +649,17 @@ def test_wrong_data_is_named(tmp_path: Path, model: str, kind: str, says: str) -
     with pytest.raises(TableError) as caught:
         run_table(read_table(path))
     assert says in str(caught.value) and not table.results.exists()
+
+
+@pytest.mark.parametrize(("options", "says"), [({"facts": 20}, "data.facts = 20 must be 1 to"),
+                                                ({"facts": 1, "changed": True}, "data.facts = 1 must be 2 to"),
+                                                ({"seed": 99}, "that of the worlds that are only read")])
+def test_worlds_that_cannot_be_made_are_named(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ContextError, match=says):
+        BENCHMARKS["revisits"](4, 1, len, **options)
+    if "seed" in options:
+        with pytest.raises(ContextError, match=says):
+            BENCHMARKS["worlds"](4, 1, len, **options)
 
 
 def test_the_method_of_the_guide_runs(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,13 +23,15 @@ from selfparam.data.conversations import (
 )
 from selfparam.data.films import film_benchmark
 from selfparam.data.items import Benchmark, Count, Item, Recommending
-from selfparam.data.revisits import FRESH_SEED, revisits
+from selfparam.data.revisits import FRESH_SEED, not_fresh, revisits
 from selfparam.errors import ContextError
 
 
 def fictional(n: int, fresh: int, count: Count, *, seed: int = 0, wordings: worlds.Wordings = "known",
               facts: Sequence[int] = (4, 5, 6), asked: int = 2) -> Benchmark:
     """n fictional contexts that pretraining never saw, with right pairs and the leak's questions; none is too long."""
+
+    not_fresh(seed)
 
     def made(size: int, from_seed: int) -> tuple[Item, ...]:
         found = worlds.held_out(size, from_seed, wordings, facts, asked)

@@ -12,8 +12,15 @@ from dataclasses import replace
 from selfparam.data.items import Benchmark, Count, Item
 from selfparam.data.slots import Slots
 from selfparam.data.worlds import Fact, Subject, Wordings, domains, held_out, item_of, subject
+from selfparam.errors import ContextError
 
 FRESH_SEED = 99  # of worlds that are only read, never injected
+
+
+def not_fresh(seed: int) -> None:
+    """Raises ContextError where the injected worlds would be those."""
+    if seed == FRESH_SEED:
+        raise ContextError(f"data.seed = {seed} is that of the worlds that are only read: use another")
 
 
 def revisits(n: int, fresh: int, count: Count, *, seed: int = 0, wordings: Wordings = "known", apart: int = 10,
@@ -23,6 +30,10 @@ def revisits(n: int, fresh: int, count: Count, *, seed: int = 0, wordings: Wordi
     changed: the second context tells the same facts, the first of them with another value; the first context's
     questions ask the others only. Otherwise the second context tells further facts of the subject.
     """
+    most = max(len(d.relations) for d in domains()) // 2
+    if not 1 + changed <= facts <= most:
+        raise ContextError(f"data.facts = {facts} must be {1 + changed} to {most}")
+    not_fresh(seed)
     slots = Slots(random.Random(f"revisits {seed} {wordings} {changed}"), "test")
     items: list[Item] = []
     while len(items) < n:

@@ -6,8 +6,7 @@ F1 alone hides what a method costs.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -79,11 +78,8 @@ def open_lab(table: Table, model: ModelSpec, says: Callable[[str], None] = lambd
 def benchmark(table: Table, count: Callable[[str], int]) -> Benchmark:
     """The data of the table, with at most `table.questions` questions for each context. count: tokens of a text."""
     options: dict[str, Any] = dict(table.data)
-    kind = options.pop("kind", None)
-    if kind not in BENCHMARKS:
-        raise TableError(f"data.kind = {kind!r} is none of {', '.join(BENCHMARKS)}")
+    kind = options.pop("kind")
     options |= {key: str(Path(table.folder) / str(options[key])) for key in FILES if key in options}
-    _check_data(kind, options)
     found = BENCHMARKS[kind](table.needed, table.probes.fresh, count, **options)
     if (found.test is not None) != (table.protocol == "recommend"):
         raise TableError(f"data of the kind '{kind}' is not for the protocol {table.protocol}: conversations (films, "
@@ -93,12 +89,3 @@ def benchmark(table: Table, count: Callable[[str], int]) -> Benchmark:
     most = table.questions
     items = tuple(replace(i, questions=i.questions[:most], elsewhere=i.elsewhere[:most]) for i in found.items)
     return replace(found, items=items)
-
-
-def _check_data(kind: str, options: Mapping[str, Any]) -> None:
-    known = [p.name for p in inspect.signature(BENCHMARKS[kind]).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    wrong = [key for key in options if key not in known]
-    if wrong:
-        raise TableError(f"data of the kind '{kind}' has no '{wrong[0]}': it has {', '.join(known)}")
-    if kind == "jsonl" and "path" not in options:
-        raise TableError("data of the kind 'jsonl' needs a path: write it relative to the table's folder")

@@ -14,13 +14,15 @@ LEGEND = {
     "F1": "QA-F1 of LongBench, mean over the questions of a context, then over contexts",
     "95 %": "bootstrap interval over contexts (in sequences: over sequences)",
     "paper": "the figure of arXiv 2410.00487 for the model named there, which is another model than ours",
-    "gain": "difference to the best baseline ({best}) on the same contexts, with its interval",
+    "gain": "difference to the best baseline ({best}), or to the row that a note names, on the same contexts, "
+            "with its interval",
     "just": "F1 on each context right after its step, mean over contexts",
     "forget": "forgetting: best F1 on an earlier context so far, minus F1 at the end (Chaudhry et al. 2018)",
     "BWT": "backward transfer: F1 on an earlier context at the end, minus after its step (Lopez-Paz & Ranzato 2017)",
     "new": "share of changed facts that are answered with the new value, exactly",
     "old": "share of changed facts that are answered with the old value",
-    "leak": "F1 of the injected answers when the same questions name another subject: compare with the base's",
+    "leak": "F1 of the injected answers when the same questions name another subject: compare with the base's (in "
+            "sequences: of the first contexts, so what is forgotten cannot leak)",
     "fresh": "F1 on new contexts with the text in front: does it still read",
     "world": "F1 on facts that it knew before",
     "KL": "drift on held-out unrelated text, nats per token",

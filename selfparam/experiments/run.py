@@ -220,7 +220,14 @@ def _by_processes(table: Table, model: ModelSpec, stacks: Sequence[Sequence[Job]
         pool = ProcessPoolExecutor(min(workers, len(stacks)), mp_context=get_context("spawn"), initializer=_begin)
         try:
             waiting = [pool.submit(in_worker, table, model, jobs) for jobs in stacks]
+            ended = []
             for done in as_completed(waiting):
+                ended.append(done)
+                if error := done.exception():
+                    for other in as_completed(one for one in waiting if one not in ended and not one.cancel()):
+                        if not other.exception():  # those that were running, to their ends
+                            yield from other.result()
+                    raise error
                 yield from done.result()
         except BrokenProcessPool as error:
             raise TableError("a worker process died, perhaps out of memory: use fewer --workers; what is finished is "
@@ -276,12 +283,16 @@ def _by_ray(table: Table, model: ModelSpec, stacks: Sequence[Sequence[Job]], wor
     task = ray.remote(num_cpus=1, num_gpus=int(asks))(in_worker)
     shared = ray.put(table)
     waiting = [task.remote(shared, model, jobs) for jobs in stacks]
+    failed = None
     try:
         while waiting:
             [done], waiting = ray.wait(waiting, num_returns=1)
-            yield from ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+            try:
+                yield from ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                failed = error  # the others end first: what is finished is kept
+        if failed:
+            raise failed.cause from failed
     finally:
         if not address:
             ray.shutdown()

@@ -10,15 +10,17 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
+from selfparam.data.benchmarks import BENCHMARKS
 from selfparam.errors import TableError
 from selfparam.methods import Method, make_method
 from selfparam.metrics.recall import FILTERS, Filter
 from selfparam.targets import ROUNDS
 from selfparam.targets.recommend import prompt_named
-from selfparam.types import content_hash
+from selfparam.types import content_hash, misfit
 
 Protocol = Literal["single", "batch", "sequential", "recommend"]
 AuthorKind = Literal["oracle", "local", "endpoint", "erring", "recommending"]
@@ -212,8 +214,8 @@ def methods_of(table: Table, model: ModelSpec) -> list[MethodSpec]:
 
 def authors_of(table: Table, name: str) -> dict[str, AuthorSpec]:
     """The author of that name, the one whose pairs it takes, and so on; {} for no name."""
-    found = {}
-    while name:
+    found: dict[str, AuthorSpec] = {}
+    while name and name not in found:
         found[name] = table.authors[name]
         name = found[name].of
     return found
@@ -288,6 +290,33 @@ def _table(raw: dict[str, Any], file: Path) -> Table:
     return table
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_data(data: Mapping[str, Any]) -> None:
+    """The kind, its keys and what they hold, by the signature of who makes it. Raises TableError."""
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in BENCHMARKS:
+        raise TableError(f"data.kind = {kind!r} is none of {', '.join(BENCHMARKS)}")
+    types = get_type_hints(BENCHMARKS[kind])
+    known = [p for p in signature(BENCHMARKS[kind]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for key, value in data.items():
+        if key == "kind":
+            continue
+        if key not in [p.name for p in known]:
+            raise TableError(f"data of the kind '{kind}' has no '{key}': it has {', '.join(p.name for p in known)}")
+        must = misfit(value, types[key])
+        each = value if isinstance(value, list) else [value]
+        if not must and key != "seed" and any(_whole(one) and one < 1 for one in each):
+            must = "at least 1"
+        if must:
+            raise TableError(f"data.{key} = {value!r} must be {must}")
+    for p in known:
+        if p.default is p.empty and p.name not in data:
+            raise TableError(f"data of the kind '{kind}' needs '{p.name}'")
+
+
 def _tables(given: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     found = given.get(key)
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
@@ -311,6 +340,12 @@ def _made(kind: Any, given: Any, who: str) -> Any:
         if key not in known:
             raise TableError(f"{who} has no key '{key}': it has {', '.join(known)}")
         default = known[key].default
+        if default is MISSING and known[key].type in ("str", "Protocol", "AuthorKind") and not isinstance(value, str):
+            raise TableError(f"{who}: {key} = {value!r} is no str")
+        if str(known[key].type).startswith("Mapping") and not isinstance(value, Mapping):
+            raise TableError(f"{who}: {key} = {value!r} is no table")
+        if isinstance(value, (int, float)) and value < 0 and key != "seed":
+            raise TableError(f"{who}: {key} = {value!r} is below 0")
         number = isinstance(default, (int, float)) and not isinstance(default, bool)
         wrong = number and (isinstance(value, bool) or not isinstance(value, (int, float)))
         wrong = wrong or (isinstance(default, (str, bool)) and not isinstance(value, type(default)))
@@ -327,26 +362,31 @@ def _check(table: Table) -> None:
     """What types do not say. Raises TableError."""
     if table.protocol not in get_args(Protocol):
         raise TableError(f"protocol = {table.protocol!r} is none of {', '.join(get_args(Protocol))}")
-    if not table.contexts or not all(isinstance(n, int) and n > 0 for n in table.contexts):
+    if not table.contexts or not all(_whole(n) and n > 0 for n in table.contexts):
         raise TableError("'contexts' must be a number of contexts, or several for the protocol batch")
     if len(table.contexts) > 1 and table.protocol != "batch":
         raise TableError(f"the protocol {table.protocol} takes one number of contexts")
-    if table.sequences < 1 or not all(isinstance(i, int) and 0 <= i <= table.contexts[0] for i in table.ask_at):
+    if table.sequences < 1 or not all(_whole(i) and 0 <= i <= table.contexts[0] for i in table.ask_at):
         raise TableError("'sequences' must be at least 1, and 'ask_at' steps from 0 to the number of contexts")
     if table.per_step < 1 or any(i % table.per_step and i != table.contexts[0] for i in table.ask_at):
         raise TableError("'per_step' must be at least 1, and 'ask_at' multiples of it")
     if table.recommend.filter not in FILTERS or table.recommend.tokens < 1:
         raise TableError(f"'recommend': filter must be one of {', '.join(FILTERS)}, tokens at least 1")
     prompt_named(table.recommend.prompt)
+    _check_data(table.data)
     for name, author in table.authors.items():
         if author.kind not in get_args(AuthorKind):
             raise TableError(f"author '{name}': kind = {author.kind!r} is none of {', '.join(get_args(AuthorKind))}")
+        if author.of and author.kind not in ("erring", "recommending"):
+            raise TableError(f"author '{name}': 'of' is for the kinds erring and recommending")
         if author.kind == "erring" and (table.authors.get(author.of, author).kind == "erring"
                                         or not 0 <= author.wrong <= 1):
             raise TableError(f"author '{name}': 'of' must name an author who does not err, 'wrong' a share from 0 to 1")
         if author.kind == "recommending" and (author.of not in ("", *table.authors) or author.of == name
                                               or table.protocol != "recommend"):
             raise TableError(f"author '{name}': is for the protocol recommend, and 'of' must name another author")
+        if author.of and name in authors_of(table, author.of):
+            raise TableError(f"author '{name}' takes its own pairs, by way of '{author.of}': name another one")
     for model in table.models:
         labels = [m.label for m in methods_of(table, model)]
         twice = [label for label in labels if labels.count(label) > 1]

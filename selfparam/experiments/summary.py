@@ -134,6 +134,12 @@ def _block(table: Table, model: ModelSpec, n: int, cells: Sequence[Cell], rows: 
             lines[-1] = _with_recall(lines[-1], table.recommend.filter, good[method.label][0], good.get(rival, []))
     hashes = {row["model_hash"] for c in cells if (row := rows.get(c.id))}
     notes = ["rows of different weights: run the table again"] if len(hashes) > 1 else []
+    pairs: dict[tuple[Any, ...], set[str]] = {}
+    for c in cells:
+        if c.method.author and (targets := rows.get(c.id, {}).get("targets")):
+            pairs.setdefault((c.method.author, c.method.pairs, c.index), set()).add(targets)
+    if any(len(found) > 1 for found in pairs.values()):
+        notes.append("rows of one author with other pairs: run them again together")
     made = {"{device}, {dtype}, trained in {auto}".format(**row["machine"])
             for c in cells if "machine" in (row := rows.get(c.id, {}))}
     if len(made) > 1:
@@ -145,7 +151,7 @@ def _block(table: Table, model: ModelSpec, n: int, cells: Sequence[Cell], rows: 
 def _line(method: MethodSpec, per_step: int, cells: int, rows: Sequence[Row], scores: Mapping[str, float],
           paper: float | None, gain: tuple[float, Interval] | None, failed: Sequence[str]) -> Line:
     notes = [note for row in rows for note in row.get("notes", [])]
-    if method.against:
+    if method.against and gain:
         notes.append(f"gain against '{method.against}'")
     if failed:
         notes.append(f"{len(failed)} failed: {failed[0]}")

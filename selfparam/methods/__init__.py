@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from selfparam.errors import InjectionError, TableError
 from selfparam.methods.base import Base
@@ -29,6 +29,7 @@ from selfparam.types import (
     SMALL_REHEARSAL,
     SMALL_SEQUENTIAL,
     Recipe,
+    misfit,
 )
 
 __all__ = ["METHODS", "RECIPES", "Fronted", "Keeping", "Memory", "Method", "Reader", "Stacking", "Training",
@@ -65,6 +66,8 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
 
 def make_recipe(given: str | Mapping[str, Any]) -> Recipe:
     """A recipe by name, perhaps with changes. Raises TableError."""
+    if not isinstance(given, (str, Mapping)):
+        raise TableError(f"recipe = {given!r} is neither a name nor {{ from = \"name\", changes }}")
     changes = {"from": given} if isinstance(given, str) else dict(given)
     name = changes.pop("from", None)
     if name not in RECIPES:
@@ -77,12 +80,14 @@ def make_recipe(given: str | Mapping[str, Any]) -> Recipe:
 
 
 def check_options(kind: type[Any], given: Mapping[str, Any], who: str) -> None:
-    """Every key is a field of the dataclass, and a word is one of those that its type names. Raises TableError."""
+    """Keys are fields of the dataclass, values of their types, numbers of a method not below 0. Raises TableError."""
     types = get_type_hints(kind)
     known = [f.name for f in fields(kind) if f.init]
     for key, value in given.items():
         if key not in known:
             raise TableError(f"{who} has no option '{key}': it has {', '.join(known) or 'none'}")
-        words = get_args(types[key]) if get_origin(types[key]) is Literal else ()
-        if words and value not in words:
-            raise TableError(f"{who}: {key} = {value!r} is none of {', '.join(map(repr, words))}")
+        must = misfit(value, types[key])
+        if not must and kind is not Recipe and isinstance(value, (int, float)) and value < 0:
+            must = "at least 0"  # a recipe looks at its own
+        if must:
+            raise TableError(f"{who}: {key} = {value!r} must be {must}")

@@ -56,7 +56,9 @@ def shortened(lm: LM, conversation: str, tokens: int, prompt: str = RECOMMEND) -
 
     Unchanged where it fits; the last turn is never dropped.
     """
-    lines = conversation.split("\n")[1:]
+    if len(lm.question(request(conversation, prompt))) <= tokens:
+        return conversation
+    lines = conversation.removeprefix("\n").split("\n")
     while len(lines) > 2 and len(lm.question(request("\n" + "\n".join(lines), prompt))) > tokens:
         lines = lines[1:]
     return "\n" + "\n".join(lines)
