@@ -34,9 +34,9 @@ def reach(found: dict[str, Any]) -> str:
     step, machine = found["tokens_a_step"], found["machine"]
     lines = [f"## To the same F1\n\n{found['contexts']} contexts, {machine['threads']} threads; the paper's recipe "
              f"written plainly (float32), with learning rate {found['lr']:g}, and `SMALL` (products in "
-             f"{machine['ours']}), a run for each number of epochs. A step has about {step['paper']} tokens, one of "
-             f"ours {step['ours']} (the paper does not say how many).\n\nThe paper trains for 50 epochs; here its "
-             f"first {found['paper'][-1]['epochs']} were run. "
+             f"{machine['ours']}), a run for each number of epochs. A step of the paper's recipe has about "
+             f"{step['paper']} tokens, one of ours {step['ours']} (the paper does not say how many).\n\nThe paper "
+             f"trains for 50 epochs; here its first {found['paper'][-1]['epochs']} were run. "
              "*sooner*: seconds to a point of the paper's recipe over our shortest run's with at least its F1.\n",
              "| recipe | epochs | seconds | F1 | ours, sooner |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| paper | {p['epochs']} | {p['seconds']:.1f} | {p['f1']:.3f} | {f'{n:.0f} times' if n else '-'} |"

@@ -149,11 +149,11 @@ def test_shapes_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     own = [{"epochs": 2, "seconds": 1.0, "f1": 0.5}, {"epochs": 4, "seconds": 2.0, "f1": 0.7}]
     assert reach.ratios(theirs, own) == [10.0, 10.0] and reach.ratios(own, theirs) == [0.1, None]
     (results / "reach.json").write_text(json.dumps({
-        "contexts": 2, "lr": 2e-3, "machine": machine, "paper": theirs, "ours": own, "tokens_a_step": {"paper": 9, "ours": 9},
-        "ratios": [10.0, None]}))
+        "contexts": 2, "lr": 2e-3, "machine": machine, "paper": theirs, "ours": own,
+        "tokens_a_step": {"paper": 90, "ours": 80}, "ratios": [10.0, None]}))
     text = render.render(results, docs)
     assert "| paper | 5 | 10.0 | 0.500 | 10 times |" in text and "| paper | 10 | 20.0 | 0.600 | - |" in text
-    assert "A step of the paper's recipe has 1,024 tokens, one of ours fewer" in text
+    assert "A step of the paper's recipe has about 90 tokens, one of ours 80" in text
     assert "| tiny | 8 | failed: OutOfMemoryError: too / short |" in text
     assert "| plain | 30.0 | 15.00 | 4.0 | 3 | 3.3% |" in text and "| contexts | 10, 20 | 1.0, 2.0 |" in text
     assert "not measured yet" not in text and "| tiny | 1 | 1 |" in text
